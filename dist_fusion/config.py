@@ -1,0 +1,198 @@
+"""A recipe (YAML) and `key.sub=value` overrides -> one frozen, checked Config.
+
+Each section's dataclass stands beside the code that reads it. Here are only the root, the way in, and the rules between
+sections, which are checked before anything expensive starts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+
+from dist_fusion.data.stream import DataConfig
+from dist_fusion.distill import TARGETS, DistillConfig
+from dist_fusion.models import CONTRASTIVE, MODELS
+from dist_fusion.models.config import ModelConfig
+from dist_fusion.models.teachers import TEACHERS
+from dist_fusion.schema import UserError, build, nearest, one_of, section
+from dist_fusion.tasks import TASKS, Task
+
+RECIPES = Path(__file__).parent / "recipes"
+
+if TYPE_CHECKING:
+    Tasks = Any
+else:
+    Tasks = section(make_dataclass("Tasks", [(name, kind | None, None) for name, kind in TASKS.items()], frozen=True))
+
+
+@section
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Who teaches."""
+
+    folder: str  # a run that has ended
+    kind: Annotated[str, one_of(TEACHERS)] = "vilt"
+
+
+@section
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a linear decay to 0."""
+
+    learning_rate: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.98)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01  # none on biases, norms, type embeddings and the temperature
+    warmup: float = 0.1  # share of the steps
+    clip: float = 1.0  # norm of the gradient; 0 is never
+
+
+@section
+@dataclass(frozen=True)
+class Config:
+    """Everything about a run."""
+
+    name: str  # of the run's folder in `runs`
+    tasks: Tasks
+    steps: int  # optimizer steps
+    global_batch: int  # samples in an optimizer step, on all ranks
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    teacher: TeacherConfig | None = None
+    initialise_from: str | None = None  # folder of a finished run whose weights to start from
+    deepspeed: str = "zero1-cpu"  # a file of ds_configs, or a path
+    accumulation: int = 1  # micro-steps in an optimizer step; contrast sees global_batch / accumulation samples
+    seed: int = 0
+    save_every: int = 500  # steps
+    keep_checkpoints: int = 2
+    evaluate_every: int = 0  # steps; scores on data.dev, 0 is never
+    log_every: int = 10  # steps
+    runs: str = "runs"
+
+    def active_tasks(self) -> dict[str, Task]:
+        """The recipe's tasks by name, in the order of TASKS."""
+        return {name: task for name in TASKS if (task := getattr(self.tasks, name)) is not None}
+
+    def micro_batch(self, world_size: int) -> int:
+        """Samples of one rank in one forward; raises UserError if the global batch does not divide."""
+        ways = self.accumulation * world_size
+        if self.global_batch % ways:
+            raise UserError(
+                f"global_batch {self.global_batch} does not divide by accumulation {self.accumulation} x "
+                f"{world_size} ranks = {ways}"
+            )
+        micro, block = self.global_batch // ways, self.tasks.itm.block if self.tasks.itm else 1
+        if micro % block:
+            raise UserError(
+                f"a micro-batch is {micro} samples (global_batch {self.global_batch} / accumulation {self.accumulation} / "
+                f"{world_size} ranks), which is no multiple of tasks.itm.block {block}: matching draws its negatives "
+                "inside blocks, so that they do not depend on the ranks"
+            )
+        return micro
+
+
+def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The Config of a recipe (a path, or the name of a shipped one) and its overrides, the last one winning.
+
+    Raises:
+        UserError: for an unknown recipe, key or value, or a combination that cannot work.
+    """
+    path = find_recipe(recipe)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is not a recipe: it must be a mapping of keys")
+    for override in overrides:
+        _apply(tree, override)
+    tasks = tree.get("tasks")
+    if isinstance(tasks, Mapping):  # `itc:` with nothing after it is the task with its defaults, `itc: false` is none
+        said = {None: {}, False: None}
+        tree["tasks"] = {
+            name: given if isinstance(given, Mapping) else said.get(given, given) for name, given in tasks.items()
+        }
+    config = build(Config, tree, str(path))
+    check(config)
+    return config
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """A path that exists, or the shipped recipe of that name."""
+    shipped = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    if str(recipe) in shipped:
+        return shipped[str(recipe)]
+    raise UserError(
+        f"no recipe {str(recipe)!r}{nearest(str(recipe), shipped)}; shipped: {', '.join(shipped)}; or give a path"
+    )
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"{override!r} is no override; write key.sub=value")
+    *path, leaf = key.split(".")
+    node = tree
+    for part in path:
+        if not isinstance(node.get(part), dict):
+            node[part] = {}
+        node = node[part]
+    node[leaf] = yaml.safe_load(value)
+
+
+def dump(config: Config) -> str:
+    """The resolved recipe as YAML; it loads back to an equal Config."""
+    tree = asdict(config)
+    tree["tasks"] = {name: task for name, task in tree["tasks"].items() if task is not None}
+    return yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def check(config: Config) -> None:
+    """Rules between sections; a section checks itself. Raises UserError."""
+    model, distill, tasks = config.model, config.distill, config.active_tasks()
+    assert model.kind in MODELS
+    for key in ("steps", "global_batch", "accumulation", "save_every", "log_every"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{key} is {getattr(config, key)}; it must be at least 1")
+    if config.keep_checkpoints < 2:
+        raise UserError("keep_checkpoints must be at least 2: one may be broken while it is written")
+    if not config.name or "/" in config.name.strip("/") and ".." in config.name:
+        raise UserError(f"name is {config.name!r}; it must name a folder inside {config.runs}")
+    if config.evaluate_every and not config.data.dev:
+        raise UserError("evaluate_every is set but data.dev names no shards")
+    if not tasks:
+        raise UserError(f"tasks is empty; name at least one of {', '.join(TASKS)}")
+    if model.kind not in CONTRASTIVE and "itc" in tasks:
+        raise UserError(f"tasks.itc needs a vector for each image and text, and a {model.kind} has none; leave itc out")
+    sites = TARGETS[distill.targets]
+    if model.kind == "fusion-encoder" and sites:
+        raise UserError("distill.targets must be none for a fusion-encoder: it has no towers and no bridge to teach")
+    if any(site.startswith("bridge") for site in sites) and not model.fusion.startswith("bridge"):
+        raise UserError(
+            f"distill.targets is {distill.targets!r}, but model.fusion {model.fusion!r} has no attention of its own; "
+            "use a bridge, or distill.targets=towers"
+        )
+    if distill.needs_teacher and config.teacher is None:
+        raise UserError(
+            f"distill.targets={distill.targets} and distill.soft={distill.soft} need a teacher; set teacher.folder, or "
+            "distill.targets=none distill.soft=0"
+        )
+    if config.teacher is not None and not distill.needs_teacher:
+        raise UserError(
+            "a teacher is given but nothing is learned from it; set distill.targets or distill.soft, or teacher=null"
+        )
+    if not distill.needs_teacher and not distill.hard:
+        raise UserError("distill.hard is 0 and there is no teacher: nothing would be learned")

@@ -1,0 +1,109 @@
+"""Tars of samples: `<key>.{jpg,png,webp}` (two images: `<key>.left.jpg`, `<key>.right.jpg`) and `<key>.json`.
+
+The JSON holds only the keys it has of: image_id, source, texts, questions [{id, question, answers {answer: score}, kind}].
+img2dataset's tars are read as they are: their `<key>.txt` is one text. Only these members are looked at, so nothing
+in a shard can run code: a pickle is passed over, and a path must be a plain local file, never a `pipe:` or an address.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import webdataset as wds
+
+from dist_fusion.data.images import EXTENSIONS
+from dist_fusion.schema import UserError
+
+
+class Record(NamedTuple):
+    """One sample of a shard, its images still encoded."""
+
+    key: str
+    images: tuple[bytes, ...]
+    image_ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    questions: tuple[Mapping[str, Any], ...]
+
+
+def find_shards(folders: Sequence[str]) -> list[str]:
+    """Every tar of `folders` (or the tars themselves) in the order of their names.
+
+    Raises:
+        UserError: where there is no such folder, it has no tar, or a tar is empty.
+    """
+    shards: list[Path] = []
+    for name in folders:
+        if ":" in name.split("/")[0]:
+            raise UserError(
+                f"data.shards has {name!r}; a shard must be a local file: commands and addresses are not opened"
+            )
+        path = Path(name)
+        found = [path] if path.is_file() else sorted(path.glob("*.tar"))
+        if not found:
+            reason = "has no .tar files" if path.is_dir() else "does not exist"
+            raise UserError(f"data.shards has {name!r}, which {reason}; `dist-fusion prepare` makes shards")
+        shards += found
+    for shard in shards:
+        if shard.stat().st_size == 0:
+            raise UserError(f"the shard {shard} is empty; delete it or make it again")
+    return [str(shard) for shard in shards]
+
+
+def write_shards(folder: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]], samples_per_shard: int) -> int:
+    """Write (key, {extension: bytes}) to `00000.tar`, `00001.tar`, … of `folder`; returns how many samples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    count, writer = 0, None
+    for key, members in samples:
+        if count % samples_per_shard == 0:
+            if writer is not None:
+                writer.close()
+            writer = wds.TarWriter(str(folder / f"{count // samples_per_shard:05d}.tar"), encoder=False, mtime=0)
+        assert writer is not None
+        writer.write({"__key__": key, **members})
+        count += 1
+    if writer is not None:
+        writer.close()
+    return count
+
+
+def read_records(shards: Sequence[str], *, order: str | None, buffer: int) -> Iterator[Record]:
+    """The records of all shards once: as they lie if `order` is None, else shuffled by that seed alone.
+
+    Shards are permuted, then samples mixed in a buffer. Raises UserError if a shard is not a whole tar.
+    """
+    names = list(shards)
+    stages: list[Any] = [wds.tarfile_to_samples(select_files=_looked_at)]
+    if order is not None:
+        Random(f"{order}/shards").shuffle(names)
+        stages.append(wds.shuffle(buffer, initial=buffer, rng=Random(f"{order}/samples")))
+    try:
+        for raw in wds.DataPipeline(wds.SimpleShardList(names), *stages):
+            yield _record(raw)
+    except (OSError, EOFError, ValueError) as error:  # tarfile's own errors are OSErrors
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"a shard of {Path(names[0]).parent} cannot be read: {error}") from error
+
+
+def _looked_at(name: str) -> bool:
+    return name.rsplit(".", 1)[-1].lower() in (*EXTENSIONS, "json", "txt")
+
+
+def _record(raw: Mapping[str, Any]) -> Record:
+    key = f"{raw['__url__']}/{raw['__key__']}"
+    try:
+        tree = json.loads(raw.get("json", b"{}"))
+        texts = tree.get("texts") or [raw.get("txt", b"").decode()]
+    except ValueError as error:
+        raise UserError(f"sample {key} has an unreadable .json or .txt: {error}") from None
+    images = [raw[name] for name in sorted(raw) if name.rsplit(".", 1)[-1] in EXTENSIONS]
+    name = str(tree.get("image_id", tree.get("key", raw["__key__"])))
+    return Record(
+        key=key,
+        images=tuple(images),
+        image_ids=(name,) if len(images) < 2 else tuple(f"{name}/{i}" for i in range(len(images))),
+        texts=tuple(text for text in texts if text.strip()),
+        questions=tuple(tree.get("questions", ())),
+    )

@@ -1,0 +1,74 @@
+"""Strings to tokens: lower-casing WordPiece, as BERT and ViLT use it. Student and teacher share one tokenizer."""
+
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import WordPieceTrainer
+
+from dist_fusion.batch import Text
+from dist_fusion.schema import UserError
+from dist_fusion.types import Vocabulary
+
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SHIPPED = Path(__file__).parent / "vocabularies"
+
+
+class Tokenizer:
+    """[CLS] tokens [SEP], cut at `max_length` with [SEP] kept."""
+
+    def __init__(self, vocabulary: str, max_length: int):
+        entries = _read(vocabulary)
+        ids = {entry: i for i, entry in enumerate(entries)}
+        self.vocabulary = Vocabulary(len(entries), *(ids[name] for name in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")))
+        fast = FastTokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+        fast.normalizer, fast.pre_tokenizer = BertNormalizer(lowercase=True), BertPreTokenizer()
+        fast.post_processor = TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[(name, ids[name]) for name in ("[CLS]", "[SEP]")]
+        )
+        fast.enable_truncation(max_length)
+        self._fast = fast
+        self.entries = entries
+
+    def __call__(self, string: str) -> Text:
+        """The tokens of `string`."""
+        encoding = self._fast.encode(string)
+        return Text(tuple(encoding.ids), tuple(encoding.word_ids), content_id(string))
+
+
+def content_id(string: str) -> int:
+    """A number that is equal for texts equal up to case and outer space (63 bits, the same on every machine)."""
+    return int.from_bytes(blake2b(string.strip().lower().encode(), digest_size=8).digest(), "big") >> 1
+
+
+def train_vocabulary(texts: Iterable[str], size: int, path: Path) -> None:
+    """Learn a WordPiece vocabulary of at most `size` entries from `texts` and write it, one entry a line."""
+    fast = FastTokenizer(WordPiece(unk_token="[UNK]"))
+    fast.normalizer, fast.pre_tokenizer = BertNormalizer(lowercase=True), BertPreTokenizer()
+    fast.train_from_iterator(
+        texts, WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIALS), show_progress=False)
+    )
+    entries = sorted(fast.get_vocab(), key=fast.get_vocab().__getitem__)
+    path.write_text("".join(f"{entry}\n" for entry in entries))
+
+
+def _read(vocabulary: str) -> Sequence[str]:
+    shipped = SHIPPED / f"{vocabulary}.txt"
+    path = shipped if shipped.is_file() else Path(vocabulary)
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.txt")))
+        raise UserError(
+            f"data.vocabulary is {vocabulary!r}: no such file; it can be a WordPiece vocab.txt or one of: {names}"
+        )
+    entries = path.read_text(encoding="utf-8").splitlines()
+    missing = [name for name in SPECIALS if name not in entries]
+    if missing:
+        raise UserError(
+            f"data.vocabulary {path} has no {', '.join(missing)}; it must be a WordPiece vocab.txt, one entry a line"
+        )
+    return entries

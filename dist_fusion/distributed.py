@@ -1,0 +1,80 @@
+"""Ranks: who I am, and the few collectives the method needs. Everything works alone, without a process group."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's rank, 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many ranks there are, 1 when alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of `values` over all ranks, on every rank. Collective."""
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on at least one rank. Collective."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's `value`, on every rank. Collective."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Every rank's rows of `x` [R, ...] in the order of ranks, with gradient; R may differ. Collective.
+
+    The gradient of a row is summed over all ranks that used it. Ranks exchange counts, then padded rows: an
+    all-gather of unequal shapes aborts.
+    """
+    if world_size() == 1:
+        return x
+    counts = x.new_zeros(world_size(), dtype=torch.int64)
+    counts[rank()] = len(x)
+    counts = [int(count) for count in summed(counts).tolist()]
+    return torch.cat([rows[:count] for rows, count in zip(_AllGather.apply(x, max(counts)), counts, strict=True)])
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, capacity: int) -> Tensor:
+        ctx.num_rows = len(x)
+        padded = x.new_zeros(capacity, *x.shape[1:])
+        padded[: len(x)] = x
+        everyone = x.new_empty(world_size(), *padded.shape)
+        dist.all_gather(list(everyone.unbind(0)), padded)
+        return everyone
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient)
+        return gradient[rank()][: ctx.num_rows], None

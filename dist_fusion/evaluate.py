@@ -1,0 +1,59 @@
+"""Scores of a model on a task's shards, exact on any number of ranks: sums travel, never means.
+
+Ranks get unequal shares of the samples, the last share may be empty, and yet each takes the same number of forwards.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dist_fusion import distributed
+from dist_fusion.data.stream import Loaded
+from dist_fusion.tasks import Task
+from dist_fusion.types import to_device
+
+
+class Score(NamedTuple):
+    """The sum of the scores of some rows, and how many rows."""
+
+    total: float
+    count: int
+
+    @property
+    def percent(self) -> float:
+        """The mean in percent, nan without rows."""
+        return 100 * self.total / self.count if self.count else float("nan")
+
+    def __add__(self, other: "Score") -> "Score":  # type: ignore[override]
+        return Score(self.total + other.total, self.count + other.count)
+
+
+Scores = dict[str, dict[str, Score]]
+"""task -> kind -> Score"""
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, tasks: Mapping[str, Task], batches: Iterable[Loaded], device: torch.device) -> Scores:
+    """The scores of `model` over one pass of `batches`, the same on every rank. Collective."""
+    training = model.training
+    model.eval()
+    kinds = {name: task.kinds() for name, task in tasks.items()}
+    sums = {name: torch.zeros(len(kinds[name]), 2, dtype=torch.float64) for name in tasks}
+    for loaded in batches:
+        batch = to_device(loaded.batch, device)
+        output = model(batch)
+        for name, task in tasks.items():
+            target = batch.targets[name]
+            score = task.score(output.logits[name], target).double()
+            counted = target.weight.double()
+            sums[name].index_add_(0, target.kind.cpu(), torch.stack([score * counted, counted], 1).cpu())
+    model.train(training)
+    table = distributed.summed(torch.cat(list(sums.values())).to(device)).tolist()
+    rows = iter(table)
+    return {name: {kind: _score(next(rows)) for kind in kinds[name]} for name in tasks}
+
+
+def _score(row: list[float]) -> Score:
+    return Score(row[0], round(row[1]))

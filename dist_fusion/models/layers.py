@@ -1,0 +1,130 @@
+"""Transformer layers. Attention runs through SDPA and returns the queries and keys it used, never the map."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Stream(NamedTuple):
+    """One modality on its way up through its tower."""
+
+    hidden: list[Tensor]  # a layer each, lowest first, after the tower's final norm: [B, L, D]
+    query: Tensor  # of the last layer: [B, H, L, K]
+    key: Tensor  # of the last layer: [B, H, L, K]
+    mask: Tensor  # [B, L] bool
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one projection for queries, keys and values (ViT's layout)."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, D], mask [B, L] bool -> [B, L, D], queries and keys [B, H, L, K]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(_attend(q, k, v, mask)), q, k
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of one sequence over another."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor, other: Tensor, other_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, M, D] over other [B, N, D] -> [B, M, D], queries [B, H, M, K], keys [B, H, N, K]."""
+        q, k, v = (
+            project(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for project, y in ((self.query, x), (self.key, other), (self.value, other))
+        )
+        return self.out(_attend(q, k, v, other_mask)), q, k
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+    return attended.transpose(1, 2).flatten(2)
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers, four times as wide between."""
+
+    def __init__(self, width: int):
+        super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (ViT, arXiv:2010.11929)."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.norm_attention, self.norm_feed = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.attention = SelfAttention(width, num_heads)
+        self.feed = FeedForward(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, D] -> [B, L, D], queries and keys [B, H, L, K]."""
+        attended, q, k = self.attention(self.norm_attention(x), mask)
+        x = x + self.dropout(attended)
+        return x + self.dropout(self.feed(self.norm_feed(x))), q, k
+
+
+class Encoder(nn.Module):
+    """A stack of blocks over embeddings that are already there, with one final norm for every layer it shows."""
+
+    def __init__(self, width: int, num_heads: int, num_layers: int, dropout: float):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, num_heads, dropout) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x: Tensor, mask: Tensor, shown: frozenset[int] = frozenset()) -> Stream:
+        """x [B, L, D] -> its Stream; hidden layers not in `shown`, and not the last, stay below as they are."""
+        hidden = []
+        for i, block in enumerate(self.blocks):
+            x, q, k = block(x, mask)
+            hidden.append(self.norm(x) if i in shown or i == len(self.blocks) - 1 else x)
+        return Stream(hidden, q, k, mask)
+
+
+class CrossLayer(nn.Module):
+    """Cross-attention and self-attention in the given order, then feed-forward; each sub-block post-norm.
+
+    `order` is the paper's contribution: ("cross", "self") interacts first ("pre"), ("self", "cross") is BridgeTower's
+    ("post", arXiv:2206.08657). The parameters are the same.
+    """
+
+    def __init__(self, width: int, num_heads: int, order: tuple[str, str], dropout: float):
+        super().__init__()
+        self.order = order
+        self.self_attention = SelfAttention(width, num_heads)
+        self.cross_attention = CrossAttention(width, num_heads)
+        self.feed = FeedForward(width)
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(width, eps=1e-5) for name in ("self", "cross", "feed")})
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor, other: Tensor, other_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [P, M, D] beside other [P, N, D] -> [P, M, D], and the cross-attention's queries and keys."""
+        query = key = x
+        for name in self.order:
+            if name == "cross":
+                attended, query, key = self.cross_attention(x, other, other_mask)
+            else:
+                attended, _, _ = self.self_attention(x, mask)
+            x = self.norms[name](x + self.dropout(attended))
+        return self.norms["feed"](x + self.dropout(self.feed(x))), query, key
+
+
+def initialise(module: nn.Module) -> None:
+    """Normal(0, 0.02) weights, zero biases, identity norms, for every layer of `module` (ViLT's and BERT's rule)."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)

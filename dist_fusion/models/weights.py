@@ -1,0 +1,83 @@
+"""A model on disk: `model.safetensors` and the `model.json` that says what it is. Neither can run code."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dist_fusion.models import MODELS
+from dist_fusion.models.config import ModelConfig
+from dist_fusion.schema import UserError, build
+from dist_fusion.types import HeadSpec
+
+
+class ModelCard(NamedTuple):
+    """What is needed to build a model again."""
+
+    config: ModelConfig
+    heads: dict[str, HeadSpec]
+    vocabulary: tuple[str, ...]  # entries of its tokenizer, in the order of its word embeddings
+
+
+def build_model(card: ModelCard) -> nn.Module:
+    """A new model, its weights drawn from torch's generator."""
+    return MODELS[card.config.kind](card.config, card.heads, len(card.vocabulary))
+
+
+def save_model(folder: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> None:
+    """Write `model.json` and then `model.safetensors`, each whole or not at all."""
+    tree = {"config": asdict(card.config), "heads": card.heads, "vocabulary": card.vocabulary}
+    for name, write in (
+        ("model.json", lambda path: path.write_text(json.dumps(tree) + "\n")),
+        ("model.safetensors", lambda path: save_file({k: v.contiguous() for k, v in weights.items()}, path)),
+    ):
+        partial = folder / f"{name}.partial"
+        write(partial)
+        partial.replace(folder / name)
+
+
+def load_model(folder: str | Path, wanted_by: str) -> tuple[ModelCard, dict[str, Tensor]]:
+    """The card and weights of a folder; raises UserError, naming the key `wanted_by`, if it holds no whole model."""
+    folder = Path(folder)
+    try:
+        tree = json.loads((folder / "model.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{wanted_by} is {str(folder)!r}, which holds no finished model ({type(error).__name__}: {error}); "
+            "it must be the folder of a run that has ended, with model.json and model.safetensors"
+        ) from None
+    config = build(ModelConfig, tree["config"], f"{folder}/model.json")
+    heads = {task: HeadSpec(*spec) for task, spec in tree["heads"].items()}
+    return ModelCard(config, heads, tuple(tree["vocabulary"])), weights
+
+
+def initialise_from(model: nn.Module, card: ModelCard, folder: str, wanted_by: str) -> list[str]:
+    """Copy a folder's weights into `model`; returns the names of heads that stay new.
+
+    Every weight outside the heads must be there in the same shape: raises UserError listing those that are not.
+    """
+    theirs, weights = load_model(folder, wanted_by)
+    require_same_vocabulary(card, theirs, folder, wanted_by)
+    own: dict[str, Any] = model.state_dict()
+    shared = {name for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    foreign = sorted(name for name in own.keys() ^ shared | weights.keys() ^ shared if not name.startswith("heads."))
+    if foreign:
+        shown = ", ".join(foreign[:6]) + (f" and {len(foreign) - 6} more" if len(foreign) > 6 else "")
+        raise UserError(f"{wanted_by} {folder!r} is of another architecture than `model`: it does not fit in {shown}")
+    model.load_state_dict({**own, **{name: weights[name] for name in shared}})
+    return sorted({name.split(".")[1] for name in own.keys() - shared})
+
+
+def require_same_vocabulary(ours: ModelCard, theirs: ModelCard, folder: str | Path, wanted_by: str) -> None:
+    """Raises UserError if two models do not read the same token ids: their attention could not be compared."""
+    if ours.vocabulary != theirs.vocabulary:
+        raise UserError(
+            f"{wanted_by} {str(folder)!r} reads another vocabulary ({len(theirs.vocabulary)} entries) than "
+            f"data.vocabulary ({len(ours.vocabulary)}); both must be the same"
+        )

@@ -1,0 +1,119 @@
+"""What a run shows of itself: one JSON line, TensorBoard and the console, from one place. Only rank 0 writes.
+
+Keys are paths (`loss/total`, `loss/attention/bridge.t2i`, `speed/samples_per_s`, `memory/peak_gib`). A resumed run goes
+on in the same files: what an earlier life logged after the step resumed from is dropped, in both.
+"""
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from dist_fusion.data.stream import Loaded
+from dist_fusion.distributed import rank, summed
+
+log = logging.getLogger("dist_fusion")
+
+
+def start_console() -> None:
+    """Let rank 0 speak on stdout, and the others only when something is wrong."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    log.propagate = False
+
+
+class Monitor:
+    """Writes the scalars of a run from `step` on."""
+
+    def __init__(self, run: Path, step: int, steps: int):
+        self._steps, self._first, self._since = steps, step, time.monotonic()
+        self._active = rank() == 0
+        if self._active:
+            path = run / "metrics.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            path.write_text("".join(f"{line}\n" for line in kept))
+            self._file = path.open("a")
+            self._board = SummaryWriter(str(run / "tb"), purge_step=step + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write `values` of `step` everywhere."""
+        if self._active:
+            print(json.dumps({"step": step, **values}), file=self._file, flush=True)
+            for key, value in values.items():
+                self._board.add_scalar(key, value, step)
+            self._board.flush()
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
+        """One console line: step, losses, rate and the time left."""
+        pace = (time.monotonic() - self._since) / max(step - self._first, 1)
+        left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._steps - step)))
+        parts = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
+        log.info(
+            "step %d/%d | %s | %.0f samples/s | %s left", step, self._steps, parts, values["speed/samples_per_s"], left
+        )
+
+    def close(self) -> None:
+        """Flush and let go of the files."""
+        if self._active:
+            self._file.close()
+            self._board.close()
+
+
+class Interval:
+    """What happened since the last log line."""
+
+    def __init__(self) -> None:
+        self._skipped = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps, self._wait, self._since = 0, 0.0, time.monotonic()
+
+    def fetch(self, batches: Iterator[Loaded], count: int) -> list[Loaded]:
+        """The micro-batches of the next step; waits for them, and says which samples could not be read."""
+        before = time.monotonic()
+        loaded = [next(batches) for _ in range(count)]
+        self._wait += time.monotonic() - before
+        for sample in (sample for one in loaded for sample in one.skipped):
+            self._skipped += 1
+            log.warning("skipped %s", sample)
+        self._steps += 1
+        return loaded
+
+    def add(self, total: Tensor, terms: dict[str, Tensor]) -> None:
+        """Add one micro-step's shares."""
+        for name, value in {"total": total, **terms}.items():
+            self._sums[name] = value.detach() + self._sums.get(name, 0.0)
+
+    def read(self, global_batch: int) -> dict[str, float]:
+        """Means over the interval and all ranks; begins the next interval. Collective."""
+        sums = summed(torch.stack([*self._sums.values()])).tolist()
+        elapsed = time.monotonic() - self._since
+        values = {f"loss/{name}": value / self._steps for name, value in zip(self._sums, sums, strict=True)}
+        values |= {
+            "speed/samples_per_s": self._steps * global_batch / elapsed,
+            "speed/step_s": elapsed / self._steps,
+            "speed/data_wait_share": self._wait / elapsed,
+            "memory/peak_gib": peak_gib(),
+            "data/skipped_on_rank_0": float(self._skipped),
+        }
+        self._begin()
+        return values
+
+
+def peak_gib() -> float:
+    """Peak memory of this rank: of its GPU, or of the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

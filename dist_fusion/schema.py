@@ -1,0 +1,69 @@
+"""YAML data -> frozen dataclass, or a `UserError` that says which key is wrong and what would be right.
+
+pydantic does the typing of plain standard-library dataclasses; here are the entries of tables as types, and the wording.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, with_config
+
+T = TypeVar("T")
+section = with_config(ConfigDict(extra="forbid", strict=False))
+"""Decorator of a recipe's section: unknown keys are refused."""
+
+
+class UserError(ValueError):
+    """The user asked for what cannot be; the message says what, where, and what would be right."""
+
+
+def one_of(table: Mapping[str, Any]) -> AfterValidator:
+    """Annotation of a string field that must name an entry of `table`."""
+
+    def check(name: str) -> str:
+        if name not in table:
+            raise ValueError(f"it can be {', '.join(table)}{nearest(name, table)}")
+        return name
+
+    return AfterValidator(check)
+
+
+def nearest(name: str, known: Mapping[str, Any] | set[str]) -> str:
+    """`; did you mean 'x'?` if something known is near `name`, else nothing."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def build(kind: type[T], tree: Any, where: str) -> T:
+    """`tree` as a `kind`; raises UserError with every wrong key of `where`, each with what would be right."""
+    try:
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        lines = [_explain(kind, problem) for problem in error.errors()]
+        raise UserError(f"{where}:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
+
+
+def _explain(kind: Any, problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    known = _keys(kind, path[:-1])
+    named = ".".join(part for part in path if known is None or not part[:1].isupper())
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        hint = nearest(path[-1], known or set()) or f"; known keys: {', '.join(sorted(known or set()))}"
+        return f"unknown key {named!r}{hint}"
+    if problem["type"] == "missing":
+        return f"{named} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{named or 'recipe'} is {problem['input']!r}: {message}"
+
+
+def _keys(kind: Any, path: list[str]) -> set[str] | None:
+    """The known keys of the section that `path` leads to."""
+    for part in path:
+        if is_dataclass(kind):
+            kind = get_type_hints(kind).get(part, kind)
+        for option in get_args(kind):
+            if is_dataclass(option):
+                kind = option
+    return {field.name for field in fields(kind)} if is_dataclass(kind) else None

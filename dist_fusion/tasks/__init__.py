@@ -1,0 +1,39 @@
+"""What can be asked of images and texts. A task is one file and one line in TASKS.
+
+Its class is both the task's section in a recipe and its behaviour: what it lays into the pair batch, the head it
+needs, its losses row by row, and how it is scored. TASKS knows nothing of models, shards or DeepSpeed.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from dist_fusion.batch import Lays
+from dist_fusion.tasks.itc import Itc
+from dist_fusion.tasks.itm import Itm
+from dist_fusion.tasks.mlm import Mlm
+from dist_fusion.tasks.vqa import Vqa
+from dist_fusion.types import HeadSpec, Target, Vocabulary
+
+
+class Task(Lays, Protocol):
+    """What every task can do. Losses are per row [R]; weighting and reduction are the objective's."""
+
+    @property
+    def weight(self) -> float: ...  # of the task's losses in the total
+
+    def head(self, vocabulary: Vocabulary) -> HeadSpec: ...
+
+    def hard_loss(self, logits: Tensor, target: Target) -> Tensor: ...
+
+    def soft_loss(self, student: Tensor, teacher: Tensor) -> Tensor: ...
+
+    def score(self, logits: Tensor, target: Target) -> Tensor: ...
+
+    def kinds(self) -> tuple[str, ...]: ...  # what scores are split by
+
+
+TASKS: dict[str, type[Task]] = {"mlm": Mlm, "itm": Itm, "itc": Itc, "vqa": Vqa}
+"""Tasks by the name they have in a recipe."""
+TEACHABLE = {"mlm", "itm", "vqa"}
+"""Tasks with a soft-label loss; contrast has none in the paper (a fusion encoder has no vectors to compare)."""

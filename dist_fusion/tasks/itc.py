@@ -1,0 +1,55 @@
+"""Image-text contrast: which of all ranks' texts belongs to this image, and the reverse."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dist_fusion.batch import PairBatch, Sample, answers_to, integers
+from dist_fusion.distributed import gather_rows
+from dist_fusion.schema import section
+from dist_fusion.types import HeadSpec, Target, Vocabulary
+
+
+@section
+@dataclass(frozen=True)
+class Itc:
+    """InfoNCE over the contrast batch (all ranks' micro-batches), where equal captions and equal images are positives."""
+
+    weight: float = 1.0
+    dimensions: int = 256
+    attention: float = 1.0  # weight of the matched pairs in attention distillation
+
+    def head(self, vocabulary: Vocabulary) -> HeadSpec:
+        return HeadSpec("contrast", self.dimensions)
+
+    def eligible(self, num_texts: int, num_questions: int) -> bool:
+        return num_texts > 0
+
+    def lay(self, batch: PairBatch, samples: Sequence[Sample]) -> None:
+        """One row a text with its own image; the labels are their content ids."""
+        rows, labels = [], []
+        for sample in samples:
+            for text in sample.texts:
+                image_row, text_row = batch.image(sample), batch.text(text)
+                batch.pair(sample, image_row, text_row, attention=self.attention)
+                rows.append((image_row, text_row))
+                labels.append((sample.image_ids[0], text.content))
+        batch.ask("itc", answers_to(rows, 2, integers(labels, 2)))
+
+    def hard_loss(self, logits: Tensor, target: Target) -> Tensor:
+        """Mean of both directions' cross-entropy with a target spread evenly over the positives. Collective."""
+        everyone = gather_rows(target.labels)
+        positive = (target.labels[:, None] == everyone[None]).any(-1).to(logits.dtype)  # [R, G]
+        spread = positive / positive.sum(-1, keepdim=True)
+        return -(spread[:, None] * logits.log_softmax(-1)).sum(-1).mean(-1)
+
+    def soft_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        raise AssertionError("contrast has no soft labels")
+
+    def score(self, logits: Tensor, target: Target) -> Tensor:
+        best = gather_rows(target.labels)[logits.argmax(-1)]  # [R, 2, 2]
+        return (best == target.labels[:, None]).any(-1).float().mean(-1)
+
+    def kinds(self) -> tuple[str, ...]:
+        return ("rows",)

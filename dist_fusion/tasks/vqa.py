@@ -1,0 +1,88 @@
+"""Visual question answering as classification over a fixed list of answers (VQAv2, easy-VQA)."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_fusion.batch import PairBatch, Sample, answers_to
+from dist_fusion.schema import UserError, section
+from dist_fusion.tasks.losses import binary_cross_entropy, soft_binary_cross_entropy
+from dist_fusion.types import HeadSpec, Target, Vocabulary
+
+
+class Answers(NamedTuple):
+    """The answers a head can give, in the order of its outputs, and the kinds of questions."""
+
+    index: dict[str, int]
+    kinds: tuple[str, ...]
+
+
+@section
+@dataclass(frozen=True)
+class Vqa:
+    """Several questions to one image, which is encoded once."""
+
+    answers: str = ""  # JSON file {"answers": [...], "kinds": [...]}, written beside the shards
+    weight: float = 1.0
+    questions_per_image: int = 0  # drawn anew at every visit; 0 is all of them
+    attention: float = 1.0
+
+    def head(self, vocabulary: Vocabulary) -> HeadSpec:
+        return HeadSpec("classifier", len(read_answers(self.answers).index))
+
+    def eligible(self, num_texts: int, num_questions: int) -> bool:
+        return num_questions > 0
+
+    def lay(self, batch: PairBatch, samples: Sequence[Sample]) -> None:
+        """One pair a question. An answer outside the list cannot be given and scores nothing."""
+        known = read_answers(self.answers)
+        rows: list[tuple[int]] = []
+        scores, kinds = [], []
+        for sample in samples:
+            questions = sample.questions
+            if 0 < self.questions_per_image < len(questions):
+                questions = tuple(Random(f"{sample.visit}/vqa").sample(questions, self.questions_per_image))
+            for question in questions:
+                image, text = batch.image(sample), batch.text(question.text)
+                rows.append((batch.pair(sample, image, text, attention=self.attention),))
+                row = torch.zeros(len(known.index))
+                for answer, score in question.answers.items():
+                    if answer in known.index:
+                        row[known.index[answer]] = score
+                scores.append(row)
+                kinds.append(known.kinds.index(question.kind) if question.kind in known.kinds else 0)
+        labels = torch.stack(scores) if scores else torch.zeros(0, len(known.index))
+        batch.ask("vqa", answers_to(rows, 1, labels, kind=kinds))
+
+    def hard_loss(self, logits: Tensor, target: Target) -> Tensor:
+        return binary_cross_entropy(logits, target.labels)
+
+    def soft_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return soft_binary_cross_entropy(student, teacher)
+
+    def score(self, logits: Tensor, target: Target) -> Tensor:
+        """The score of the answer given (VQA's soft accuracy)."""
+        return target.labels.gather(1, logits.argmax(-1, keepdim=True)).squeeze(1)
+
+    def kinds(self) -> tuple[str, ...]:
+        return read_answers(self.answers).kinds
+
+
+@cache
+def read_answers(path: str) -> Answers:
+    """The answer list of a data set; raises UserError if the file is missing or is not one."""
+    try:
+        tree = json.loads(Path(path).read_text())
+        return Answers({answer: i for i, answer in enumerate(tree["answers"])}, tuple(tree["kinds"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"tasks.vqa.answers is {path!r}: {type(error).__name__}: {error}; "
+            'it must be a JSON file {"answers": [...], "kinds": [...]}, as `dist-fusion prepare` writes beside the shards'
+        ) from None
