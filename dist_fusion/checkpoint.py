@@ -173,7 +173,7 @@ def _random_state() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "python": json.dumps(random.getstate()),
         "numpy": json.dumps([kind, [int(key) for key in keys], *rest]),
     }

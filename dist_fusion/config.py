@@ -88,9 +88,9 @@ class Config:
         micro, block = self.global_batch // ways, self.tasks.itm.block if self.tasks.itm else 1
         if micro % block:
             raise UserError(
-                f"a micro-batch is {micro} samples (global_batch {self.global_batch} / accumulation {self.accumulation} / "
-                f"{world_size} ranks), which is no multiple of tasks.itm.block {block}: matching draws its negatives "
-                "inside blocks, so that they do not depend on the ranks"
+                f"a micro-batch is {micro} samples (global_batch {self.global_batch} / accumulation "
+                f"{self.accumulation} / {world_size} ranks), which is no multiple of tasks.itm.block {block}: matching "
+                "draws its negatives inside blocks, so that they do not depend on the ranks"
             )
         return micro
 
@@ -112,7 +112,7 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         _apply(tree, override)
     tasks = tree.get("tasks")
     if isinstance(tasks, Mapping):  # `itc:` with nothing after it is the task with its defaults, `itc: false` is none
-        said = {None: {}, False: None}
+        said: dict[Any, Any] = {None: {}, False: None}
         tree["tasks"] = {
             name: given if isinstance(given, Mapping) else said.get(given, given) for name, given in tasks.items()
         }
@@ -169,7 +169,7 @@ def check(config: Config) -> None:
             raise UserError(f"{key} is {getattr(config, key)}; it must be at least 1")
     if config.keep_checkpoints < 2:
         raise UserError("keep_checkpoints must be at least 2: one may be broken while it is written")
-    if not config.name or "/" in config.name.strip("/") and ".." in config.name:
+    if not config.name or ("/" in config.name.strip("/") and ".." in config.name):
         raise UserError(f"name is {config.name!r}; it must name a folder inside {config.runs}")
     if config.evaluate_every and not config.data.dev:
         raise UserError("evaluate_every is set but data.dev names no shards")

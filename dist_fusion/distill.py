@@ -65,7 +65,10 @@ def objective(
     teacher: Output | None,
     row_totals: Tensor,
 ) -> Loss:
-    """The weighted sum of all terms over this rank's rows; `row_totals` is `row_weights` summed over ranks and micro-steps."""
+    """The weighted sum of all terms over this rank's rows.
+
+    `row_totals` is `row_weights` of the optimizer step, summed over ranks.
+    """
     shares = 1 / row_totals.clamp(min=1e-9)
     terms: dict[str, Tensor] = {}
     total = shares.new_zeros(())

@@ -57,10 +57,11 @@ def gather_rows(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
-    counts = x.new_zeros(world_size(), dtype=torch.int64)
-    counts[rank()] = len(x)
-    counts = [int(count) for count in summed(counts).tolist()]
-    return torch.cat([rows[:count] for rows, count in zip(_AllGather.apply(x, max(counts)), counts, strict=True)])
+    mine = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
+    mine[rank()] = len(x)
+    counts = summed(mine).tolist()
+    padded: Tensor = _AllGather.apply(x, max(counts))  # [ranks, most rows, ...]
+    return torch.cat([rows[:count] for rows, count in zip(padded, counts, strict=True)])
 
 
 class _AllGather(torch.autograd.Function):

@@ -5,13 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-# On a machine without a GPU DeepSpeed would otherwise guess from what is installed.
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,6 +26,12 @@ UNDECAYED = ("modality", "sentence")
 """Type embeddings, which take no weight decay whatever their shape."""
 
 
+def on_gpu() -> bool:
+    """Whether ranks run on GPUs: not if DS_ACCELERATOR=cpu says so, whatever the machine has."""
+    name: str = get_accelerator().device_name()
+    return name.startswith("cuda")
+
+
 def start_ranks() -> torch.device:
     """Join the process group that the launcher's five rank variables describe; returns this rank's device.
 
@@ -45,13 +46,15 @@ def start_ranks() -> torch.device:
         ("MASTER_PORT", 29500),
     ):
         os.environ.setdefault(name, str(alone))
-    cuda = torch.cuda.is_available()
+    cuda = on_gpu()
     if not cuda:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    local = int(os.environ["LOCAL_RANK"])
-    get_accelerator().set_device(local % max(get_accelerator().device_count(), 1)) if cuda else None
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
-    return torch.device(f"cuda:{local % torch.cuda.device_count()}" if cuda else "cpu")
+    return device
 
 
 def stop_ranks() -> None:
@@ -86,7 +89,7 @@ def ds_config(config: Config, world_size: int) -> dict[str, Any]:
                 "lr": config.optimizer.learning_rate,
                 "betas": list(config.optimizer.betas),
                 "eps": config.optimizer.epsilon,
-                "torch_adam": not torch.cuda.is_available(),
+                "torch_adam": not on_gpu(),  # its own kernels need a build, worth it on a GPU only
             },
         },
         "steps_per_print": 10**9,
@@ -99,7 +102,7 @@ def _find_ds_config(name: str) -> Path:
     known = {path.stem: path for folder in DS_CONFIGS for path in sorted(folder.glob("*.json"))}
     if name not in known:
         raise UserError(
-            f"deepspeed is {name!r}, no file of that name{nearest(name, known)}; it can be {', '.join(known)}, or a path"
+            f"deepspeed is {name!r}, no such file{nearest(name, known)}; it can be {', '.join(known)}, or a path"
         )
     return known[name]
 

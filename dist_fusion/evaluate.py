@@ -19,15 +19,15 @@ class Score(NamedTuple):
     """The sum of the scores of some rows, and how many rows."""
 
     total: float
-    count: int
+    rows: int
 
     @property
     def percent(self) -> float:
         """The mean in percent, nan without rows."""
-        return 100 * self.total / self.count if self.count else float("nan")
+        return 100 * self.total / self.rows if self.rows else float("nan")
 
     def __add__(self, other: "Score") -> "Score":  # type: ignore[override]
-        return Score(self.total + other.total, self.count + other.count)
+        return Score(self.total + other.total, self.rows + other.rows)
 
 
 Scores = dict[str, dict[str, Score]]
@@ -51,8 +51,8 @@ def evaluate(model: nn.Module, tasks: Mapping[str, Task], batches: Iterable[Load
             sums[name].index_add_(0, target.kind.cpu(), torch.stack([score * counted, counted], 1).cpu())
     model.train(training)
     table = distributed.summed(torch.cat(list(sums.values())).to(device)).tolist()
-    rows = iter(table)
-    return {name: {kind: _score(next(rows)) for kind in kinds[name]} for name in tasks}
+    each = iter(table)
+    return {name: {kind: _score(next(each)) for kind in kinds[name]} for name in tasks}
 
 
 def _score(row: list[float]) -> Score:

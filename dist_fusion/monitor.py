@@ -114,6 +114,6 @@ class Interval:
 
 def peak_gib() -> float:
     """Peak memory of this rank: of its GPU, or of the process where there is none."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

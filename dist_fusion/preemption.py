@@ -10,7 +10,7 @@ from types import FrameType
 
 import torch
 
-from dist_fusion.distributed import any_rank
+from dist_fusion.distributed import any_rank, barrier, rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -21,6 +21,9 @@ class StopRequest:
     def __init__(self, stop_file: Path):
         self._stop_file = stop_file
         self._raised = False
+        if rank() == 0:
+            stop_file.unlink(missing_ok=True)  # what stopped the last life does not stop this one
+        barrier()
         self._before = {name: signal.signal(name, self._raise) for name in SIGNALS}
 
     def _raise(self, number: int, frame: FrameType | None) -> None:

@@ -1,6 +1,6 @@
 """YAML data -> frozen dataclass, or a `UserError` that says which key is wrong and what would be right.
 
-pydantic does the typing of plain standard-library dataclasses; here are the entries of tables as types, and the wording.
+pydantic does the typing of plain standard-library dataclasses; here are entries of tables as types, and the wording.
 """
 
 import difflib

@@ -1,6 +1,7 @@
 """Tars of samples: `<key>.{jpg,png,webp}` (two images: `<key>.left.jpg`, `<key>.right.jpg`) and `<key>.json`.
 
-The JSON holds only the keys it has of: image_id, source, texts, questions [{id, question, answers {answer: score}, kind}].
+The JSON holds only the keys it has of: image_id, source, texts, and
+questions [{id, question, answers {answer: score}, kind}].
 img2dataset's tars are read as they are: their `<key>.txt` is one text. Only these members are looked at, so nothing
 in a shard can run code: a pickle is passed over, and a path must be a plain local file, never a `pipe:` or an address.
 """

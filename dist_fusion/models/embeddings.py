@@ -14,13 +14,13 @@ def patch_stem(width: int, patch_size: int) -> nn.Module:
 def convolution_stem(width: int, patch_size: int) -> nn.Module:
     """Halving 3x3 convolutions down to one cell a patch (arXiv:2106.14881): learns from little data in few steps.
 
-    Group norm, not batch norm: a row must not depend on the other rows of its batch.
+    Normalised channel by channel inside each image, not over the batch: a row must not depend on the other rows.
     """
     layers: list[nn.Module] = []
     channels, stride = 3, 2
     while stride < patch_size:
         wider = max(16, width * stride // patch_size // 4 * 4)
-        layers += [nn.Conv2d(channels, wider, 3, 2, 1, bias=False), nn.GroupNorm(4, wider), nn.ReLU()]
+        layers += [nn.Conv2d(channels, wider, 3, 2, 1, bias=False), nn.GroupNorm(wider, wider), nn.ReLU()]
         channels, stride = wider, 2 * stride
     return nn.Sequential(*layers, nn.Conv2d(channels, width, 3, 2, 1))
 

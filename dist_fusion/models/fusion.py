@@ -25,7 +25,16 @@ class Fused(NamedTuple):
     taps: dict[str, Tap]  # the fusion's own attention, if it has any
 
 
-class Shallow(nn.Module):
+class Fusion(nn.Module):
+    """What the student needs of a fusion."""
+
+    feature_width: int
+
+    def forward(self, text: Stream, image: Stream, slot: Tensor, pairs: Tensor) -> Fused:
+        raise NotImplementedError
+
+
+class Shallow(Fusion):
     """An MLP over one vector of each tower (the fusion of DiDE, arXiv:2112.08723); no attention of its own.
 
     Text tokens meet the image through the same MLP, each token in the place of [CLS] (our reading).
@@ -45,7 +54,7 @@ class Shallow(nn.Module):
         return Fused(tokens[:, 0], tokens, {})
 
 
-class Virt(nn.Module):
+class Virt(Fusion):
     """The towers' own last queries and keys, across, without new attention weights (VIRT, arXiv:2112.04195).
 
     Each side is rewritten by the other's tokens and averaged to u and v; the feature is an MLP over
@@ -73,7 +82,7 @@ class Virt(nn.Module):
         return told.transpose(1, 2).flatten(2)
 
 
-class BridgeTower(nn.Module):
+class BridgeTower(Fusion):
     """Cross-modal layers, each fed by a bridge from the towers (equations 3-6; BridgeTower, arXiv:2206.08657).
 
     bridge(z, x) = LayerNorm(z + x), where x is the sum of the mapping's tower layers through one projection a modality
@@ -140,7 +149,7 @@ def _mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * weight).sum(1) / weight.sum(1)
 
 
-FUSIONS: dict[str, Callable[..., nn.Module]] = {
+FUSIONS: dict[str, Callable[..., Fusion]] = {
     "shallow": Shallow,
     "virt": Virt,
     "bridge-post": partial(BridgeTower, order=("self", "cross")),

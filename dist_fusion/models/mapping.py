@@ -5,6 +5,7 @@ A new mapping is one function and one line in MAPPINGS.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 Groups = list[list[int]]
 
@@ -17,7 +18,7 @@ def top(num_tower: int, num_fusion: int) -> Groups:
 def cumulative(num_tower: int, num_fusion: int) -> Groups:
     """All tower layers, in consecutive groups: 12 and 3 give [[0..3], [4..7], [8..11]] (our reading)."""
     edges = [i * num_tower // num_fusion for i in range(num_fusion + 1)]
-    return [list(range(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    return [list(range(a, b)) for a, b in pairwise(edges)]
 
 
 def cross_layer(num_tower: int, num_fusion: int) -> Groups:

@@ -52,7 +52,7 @@ class Student(nn.Module):
 
 
 def _tower_taps(batch: Batch, text: Stream, image: Stream) -> dict[str, Tap]:
-    """The cross-modal attention the towers would have: each one's last queries, the other's last keys (equations 7-8)."""
+    """The cross-modal attention the towers would have: one's last queries, the other's keys (equations 7-8)."""
     image_row, text_row = batch.pairs.unbind(1)
     text_mask, image_mask = text.mask[text_row], image.mask[image_row]
     return {

@@ -26,8 +26,8 @@ def load_vilt(folder: str, student: ModelCard, soft_tasks: Sequence[str]) -> nn.
     lacking = [task for task in soft_tasks if task not in card.heads]
     if lacking:
         raise UserError(
-            f"the teacher {folder!r} has no head for {', '.join(lacking)} (it has {', '.join(card.heads)}), so it cannot "
-            "give soft labels there: train it on the task, set distill.soft=0, or leave the task out"
+            f"the teacher {folder!r} has no head for {', '.join(lacking)} (it has {', '.join(card.heads)}), so it "
+            "cannot give soft labels there: train it on the task, set distill.soft=0, or leave the task out"
         )
     unlike = [task for task in soft_tasks if card.heads[task] != student.heads[task]]
     if unlike:

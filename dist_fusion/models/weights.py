@@ -57,6 +57,14 @@ def load_model(folder: str | Path, wanted_by: str) -> tuple[ModelCard, dict[str,
     return ModelCard(config, heads, tuple(tree["vocabulary"])), weights
 
 
+def restore_model(folder: str | Path, wanted_by: str) -> tuple[ModelCard, nn.Module]:
+    """The card and the model of a folder, in eval mode; raises UserError like `load_model`."""
+    card, weights = load_model(folder, wanted_by)
+    model = build_model(card).eval()
+    model.load_state_dict(weights)
+    return card, model
+
+
 def initialise_from(model: nn.Module, card: ModelCard, folder: str, wanted_by: str) -> list[str]:
     """Copy a folder's weights into `model`; returns the names of heads that stay new.
 

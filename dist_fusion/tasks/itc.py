@@ -14,7 +14,7 @@ from dist_fusion.types import HeadSpec, Target, Vocabulary
 @section
 @dataclass(frozen=True)
 class Itc:
-    """InfoNCE over the contrast batch (all ranks' micro-batches), where equal captions and equal images are positives."""
+    """InfoNCE over all ranks' micro-batches (the contrast batch); equal captions and equal images are positives."""
 
     weight: float = 1.0
     dimensions: int = 256

@@ -20,7 +20,7 @@ from dist_fusion.types import HeadSpec, Target, Vocabulary
 class Answers(NamedTuple):
     """The answers a head can give, in the order of its outputs, and the kinds of questions."""
 
-    index: dict[str, int]
+    number: dict[str, int]
     kinds: tuple[str, ...]
 
 
@@ -35,7 +35,7 @@ class Vqa:
     attention: float = 1.0
 
     def head(self, vocabulary: Vocabulary) -> HeadSpec:
-        return HeadSpec("classifier", len(read_answers(self.answers).index))
+        return HeadSpec("classifier", len(read_answers(self.answers).number))
 
     def eligible(self, num_texts: int, num_questions: int) -> bool:
         return num_questions > 0
@@ -52,13 +52,13 @@ class Vqa:
             for question in questions:
                 image, text = batch.image(sample), batch.text(question.text)
                 rows.append((batch.pair(sample, image, text, attention=self.attention),))
-                row = torch.zeros(len(known.index))
+                row = torch.zeros(len(known.number))
                 for answer, score in question.answers.items():
-                    if answer in known.index:
-                        row[known.index[answer]] = score
+                    if answer in known.number:
+                        row[known.number[answer]] = score
                 scores.append(row)
                 kinds.append(known.kinds.index(question.kind) if question.kind in known.kinds else 0)
-        labels = torch.stack(scores) if scores else torch.zeros(0, len(known.index))
+        labels = torch.stack(scores) if scores else torch.zeros(0, len(known.number))
         batch.ask("vqa", answers_to(rows, 1, labels, kind=kinds))
 
     def hard_loss(self, logits: Tensor, target: Target) -> Tensor:
@@ -84,5 +84,5 @@ def read_answers(path: str) -> Answers:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"tasks.vqa.answers is {path!r}: {type(error).__name__}: {error}; "
-            'it must be a JSON file {"answers": [...], "kinds": [...]}, as `dist-fusion prepare` writes beside the shards'
+            'it must be a JSON file {"answers": [...], "kinds": [...]}, as `dist-fusion prepare` writes'
         ) from None

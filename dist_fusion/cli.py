@@ -1,0 +1,115 @@
+"""`dist-fusion …`: the commands for people. `dist-fusion COMMAND --help` says more."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import dist_fusion
+from dist_fusion import train
+from dist_fusion.config import RECIPES, load
+from dist_fusion.data import easy_vqa
+from dist_fusion.data.stream import Plan, Stream
+from dist_fusion.data.text import Tokenizer
+from dist_fusion.demo.run import SIZES, demo
+from dist_fusion.evaluate import evaluate
+from dist_fusion.models.weights import restore_model
+from dist_fusion.schema import UserError, nearest
+
+PREPARE: dict[str, Callable[[Path], object]] = {"easy-vqa": easy_vqa.prepare}
+"""Data sets by name: what writes their shards into a folder."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 75 saved and to be continued, 2 the user's mistake)."""
+    parser = argparse.ArgumentParser(prog="dist-fusion", description=dist_fusion.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    one = commands.add_parser("demo", help="the whole method on real data, on two CPU cores, in minutes")
+    one.add_argument("--size", default="full", help=f"one of: {', '.join(SIZES)}")
+    one.add_argument("--seeds", type=int, default=1, help="how many seeds to train and average")
+    one.add_argument("--fresh", action="store_true", help="start anew beside an earlier demo")
+
+    one = commands.add_parser("train", help="train a recipe on one rank (many: deepspeed --module dist_fusion.train …)")
+    one.add_argument("recipe", help="a path, or the name of a shipped recipe")
+    one.add_argument("overrides", nargs="*", metavar="key=value")
+    one.add_argument("--dry-run", action="store_true", help="check and show, start nothing")
+
+    one = commands.add_parser("evaluate", help="score a finished run on shards")
+    one.add_argument("run", type=Path, help="its folder")
+    one.add_argument("--shards", nargs="+", required=True, help="folders of tars")
+
+    one = commands.add_parser("prepare", help="make shards of a data set")
+    one.add_argument("dataset", help=f"one of: {', '.join(PREPARE)}")
+    one.add_argument("folder", type=Path, help="where the shards go")
+
+    commands.add_parser("recipes", help="list the shipped recipes")
+
+    given = parser.parse_args(arguments)
+    try:
+        return COMMANDS[given.command](given)
+    except UserError as error:
+        sys.stderr.write(f"dist-fusion: {error}\n")
+        return train.MISTAKE
+
+
+def _demo(given: argparse.Namespace) -> int:
+    return demo(given.size, given.seeds, given.fresh)
+
+
+def _train(given: argparse.Namespace) -> int:
+    return train.main([given.recipe, *given.overrides, *(["--dry-run"] if given.dry_run else [])])
+
+
+def _evaluate(given: argparse.Namespace) -> int:
+    """Print the scores by kind and write them to `evaluate.json` in the run's folder."""
+    recipe = given.run / "config.yaml"
+    if not recipe.is_file():
+        raise UserError(f"{given.run} is no run: it has no config.yaml")
+    config = load(recipe)
+    card, model = restore_model(given.run, "the run to evaluate")
+    data = replace(config.data, shards=tuple(given.shards))
+    tasks = config.active_tasks()
+    stream = Stream(
+        data, tasks, Tokenizer(data.vocabulary, card.config.max_text_length), card.config.image_size,
+        Plan(config.micro_batch(1), 0, 1, config.seed), endless=False,
+    )  # fmt: skip
+    scores = evaluate(model, tasks, stream, torch.device("cpu"))
+    table = {t: {k: {"percent": s.percent, "rows": s.rows} for k, s in kinds.items()} for t, kinds in scores.items()}
+    (given.run / "evaluate.json").write_text(json.dumps({"shards": given.shards, "scores": table}, indent=2) + "\n")
+    for task, kinds in scores.items():
+        for kind, score in kinds.items():
+            sys.stdout.write(f"{task:<8} {kind:<16} {score.percent:6.2f} % of {score.rows:,}\n")
+    return train.DONE
+
+
+def _prepare(given: argparse.Namespace) -> int:
+    if given.dataset not in PREPARE:
+        raise UserError(
+            f"no data set {given.dataset!r}{nearest(given.dataset, PREPARE)}; it can be {', '.join(PREPARE)}"
+        )
+    sys.stdout.write(f"{PREPARE[given.dataset](given.folder)}\n")
+    return train.DONE
+
+
+def _recipes(given: argparse.Namespace) -> int:
+    """One line a recipe: its name and its first comment."""
+    for path in sorted(RECIPES.glob("*.yaml")):
+        sys.stdout.write(f"{path.stem:<24} {path.read_text().splitlines()[0].removeprefix('# ')}\n")
+    return train.DONE
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "demo": _demo,
+    "train": _train,
+    "evaluate": _evaluate,
+    "prepare": _prepare,
+    "recipes": _recipes,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""How long answering takes: the teacher, the student, and the student with images and texts encoded beforehand."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dist_fusion.batch import PairBatch, Question, Sample, Text, answers_to
+from dist_fusion.data.stream import DataConfig, Plan, Stream
+from dist_fusion.data.text import Tokenizer
+from dist_fusion.models.config import ModelConfig
+from dist_fusion.models.student import Student
+from dist_fusion.models.vilt import Vilt
+from dist_fusion.models.weights import restore_model
+from dist_fusion.tasks.vqa import Vqa
+from dist_fusion.types import Batch, HeadSpec, Vocabulary
+
+REPEATS = 3
+
+
+class Timing(NamedTuple):
+    """Seconds to answer all of `pairs` questions, the least of some interleaved repeats."""
+
+    what: str
+    pairs: int
+    teacher: float
+    student: float
+    cached: float
+
+    def line(self) -> str:
+        """One row of the table, with ratios to the teacher."""
+        ratios = [self.teacher / self.student, self.teacher / self.cached]
+        return (
+            f"| {self.what} | {self.pairs:,} | {self.teacher:.2f} | {self.student:.2f} ({ratios[0]:.2f}x) | "
+            f"{self.cached:.2f} ({ratios[1]:.2f}x) |"
+        )
+
+
+HEADER = (
+    "| models | questions | teacher s | student s | student s, images and texts encoded beforehand |",
+    "|---|---|---|---|---|",
+)
+
+
+@torch.inference_mode()
+def trained(folder: Path, seed: int) -> Timing:
+    """The demo's own models on the whole test split."""
+    runs, shards = folder / f"seed-{seed}", folder / "shards"
+    (_, teacher), (card, student) = (
+        restore_model(runs / name, "the demo's run") for name in ("teacher-vqa", "student-vqa")
+    )
+    data = DataConfig(shards=(str(shards / "test"),), vocabulary=str(shards / "vocab.txt"), pad_multiple=1)
+    tokenizer, tasks = (
+        Tokenizer(data.vocabulary, card.config.max_text_length),
+        {"vqa": Vqa(str(shards / "answers.json"))},
+    )
+    stream = Stream(data, tasks, tokenizer, card.config.image_size, Plan(50, 0, 1, 0), endless=False)
+    return _measure("the demo's, trained (3 layers, 96 wide)", teacher, student, [one.batch for one in stream])
+
+
+@torch.inference_mode()
+def full_size(num_images: int, questions_per_image: int) -> Timing:
+    """ViT-B/32-sized models with random weights: 12 layers, 768 wide, 224 pixels, questions of 12 tokens."""
+    vocabulary = Vocabulary(30522, 0, 101, 102, 103)
+    heads = {"vqa": HeadSpec("classifier", 3129)}
+    teacher = Vilt(ModelConfig(kind="fusion-encoder"), heads, vocabulary.size).eval()
+    student = Student(ModelConfig(), heads, vocabulary.size).eval()
+    draw = Random(0)
+    batch = PairBatch(vocabulary, 224, 8)
+    rows = []
+    for n in range(num_images):
+        asked = [tuple(draw.randrange(1000, 30000) for _ in range(12)) for _ in range(questions_per_image)]
+        texts = [Text(ids, tuple(range(12)), hash(ids)) for ids in asked]
+        questions = tuple(Question(str(i), text, {}, "") for i, text in enumerate(texts))
+        sample = Sample((torch.randn(3, 224, 224),), (n,), (), frozenset(), questions, n, str(n))
+        rows += [batch.pair(sample, batch.image(sample), batch.text(text), attention=0.0) for text in texts]
+    batch.ask("vqa", answers_to([(row,) for row in rows], 1, torch.zeros(len(rows), 3129)))
+    built = batch.build({n: (n,) for n in range(num_images)})
+    return _measure("12 layers, 768 wide (ViT-B/32), random weights", teacher, student, [built])
+
+
+def _measure(what: str, teacher: nn.Module, student: nn.Module, batches: list[Batch]) -> Timing:
+    assert isinstance(student, Student)
+    encoded = [(batch, student.encode_texts(batch), student.encode_images(batch)) for batch in batches]
+    cases: dict[str, Callable[[], object]] = {
+        "teacher": lambda: [teacher(batch) for batch in batches],
+        "student": lambda: [student(batch) for batch in batches],
+        "cached": lambda: [student.fuse(*one) for one in encoded],
+    }
+    least = dict.fromkeys(cases, float("inf"))
+    for _ in range(REPEATS):
+        for name, run in cases.items():
+            began = time.perf_counter()
+            run()
+            least[name] = min(least[name], time.perf_counter() - began)
+    return Timing(what, sum(len(batch.pairs) for batch in batches), **least)
