@@ -112,9 +112,8 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         _apply(tree, override)
     tasks = tree.get("tasks")
     if isinstance(tasks, Mapping):  # `itc:` with nothing after it is the task with its defaults, `itc: false` is none
-        said: dict[Any, Any] = {None: {}, False: None}
         tree["tasks"] = {
-            name: given if isinstance(given, Mapping) else said.get(given, given) for name, given in tasks.items()
+            name: {} if given is None else None if given is False else given for name, given in tasks.items()
         }
     config = build(Config, tree, str(path))
     check(config)
@@ -144,7 +143,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node.get(part), dict):
             node[part] = {}
         node = node[part]
-    node[leaf] = yaml.safe_load(value)
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of {override!r} is not YAML: {error}") from None
 
 
 def dump(config: Config) -> str:
@@ -169,7 +171,8 @@ def check(config: Config) -> None:
             raise UserError(f"{key} is {getattr(config, key)}; it must be at least 1")
     if config.keep_checkpoints < 2:
         raise UserError("keep_checkpoints must be at least 2: one may be broken while it is written")
-    if not config.name or ("/" in config.name.strip("/") and ".." in config.name):
+    folder = Path(config.name)
+    if not folder.parts or folder.is_absolute() or ".." in folder.parts:
         raise UserError(f"name is {config.name!r}; it must name a folder inside {config.runs}")
     if config.evaluate_every and not config.data.dev:
         raise UserError("evaluate_every is set but data.dev names no shards")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,9 @@ def start_ranks() -> torch.device:
     Without them this process is the only rank. On a CPU DeepSpeed's shared-memory all-reduce is left out: its build
     takes a minute or two at first use, and a killed build leaves a lock that would hang the next start in silence.
     """
-    for name, alone in (
-        ("RANK", 0),
-        ("WORLD_SIZE", 1),
-        ("LOCAL_RANK", 0),
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", 29500),
-    ):
-        os.environ.setdefault(name, str(alone))
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
     cuda = on_gpu()
     if not cuda:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -55,6 +51,14 @@ def start_ranks() -> torch.device:
         torch.cuda.set_device(device)
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return device
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def stop_ranks() -> None:

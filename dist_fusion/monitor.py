@@ -98,7 +98,8 @@ class Interval:
 
     def read(self, global_batch: int) -> dict[str, float]:
         """Means over the interval and all ranks; begins the next interval. Collective."""
-        sums = summed(torch.stack([*self._sums.values()])).tolist()
+        losses = torch.stack([*self._sums.values()])
+        *sums, skipped = summed(torch.cat([losses, losses.new_tensor([self._skipped])])).tolist()
         elapsed = time.monotonic() - self._since
         values = {f"loss/{name}": value / self._steps for name, value in zip(self._sums, sums, strict=True)}
         values |= {
@@ -106,7 +107,7 @@ class Interval:
             "speed/step_s": elapsed / self._steps,
             "speed/data_wait_share": self._wait / elapsed,
             "memory/peak_gib": peak_gib(),
-            "data/skipped_on_rank_0": float(self._skipped),
+            "data/skipped": skipped,
         }
         self._begin()
         return values

@@ -48,7 +48,7 @@ def build(kind: type[T], tree: Any, where: str) -> T:
 def _explain(kind: Any, problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
     known = _keys(kind, path[:-1])
-    named = ".".join(part for part in path if known is None or not part[:1].isupper())
+    named = ".".join(path)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         hint = nearest(path[-1], known or set()) or f"; known keys: {', '.join(sorted(known or set()))}"
         return f"unknown key {named!r}{hint}"

@@ -175,7 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             stop_ranks()
     except UserError as error:
-        sys.stderr.write(f"dist-fusion: {error}\n")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node
+            sys.stderr.write(f"dist-fusion: {error}\n")
         return MISTAKE
 
 

@@ -7,6 +7,7 @@ in a shard can run code: a pickle is passed over, and a path must be a plain loc
 """
 
 import json
+import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -31,8 +32,10 @@ class Record(NamedTuple):
 def find_shards(folders: Sequence[str]) -> list[str]:
     """Every tar of `folders` (or the tars themselves) in the order of their names.
 
+    They are absolute, since webdataset runs a relative `pipe:command`, also where that is a file's name.
+
     Raises:
-        UserError: where there is no such folder, it has no tar, or a tar is empty.
+        UserError: where there is no such folder, it has no tar, or a tar is empty or cut off.
     """
     shards: list[Path] = []
     for name in folders:
@@ -49,7 +52,9 @@ def find_shards(folders: Sequence[str]) -> list[str]:
     for shard in shards:
         if shard.stat().st_size == 0:
             raise UserError(f"the shard {shard} is empty; delete it or make it again")
-    return [str(shard) for shard in shards]
+        if _is_cut_off(shard):
+            raise UserError(f"the shard {shard} is cut off; copy it or make it again")
+    return [str(shard.absolute()) for shard in shards]
 
 
 def write_shards(folder: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]], samples_per_shard: int) -> int:
@@ -82,10 +87,19 @@ def read_records(shards: Sequence[str], *, order: str | None, buffer: int) -> It
     try:
         for raw in wds.DataPipeline(wds.SimpleShardList(names), *stages):
             yield _record(raw)
-    except (OSError, EOFError, ValueError) as error:  # tarfile's own errors are OSErrors
+    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"a shard of {Path(names[0]).parent} cannot be read: {error}") from error
+
+
+def _is_cut_off(shard: Path) -> bool:
+    """Whether a tar lacks the empty block that ends one; tarfile takes a cut between two members for the end."""
+    with shard.open("rb") as file:
+        head = file.read(512)
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 512))
+        return head[257:262] == b"ustar" and (size % 512 > 0 or any(file.read()))
 
 
 def _looked_at(name: str) -> bool:
@@ -96,8 +110,11 @@ def _record(raw: Mapping[str, Any]) -> Record:
     key = f"{raw['__url__']}/{raw['__key__']}"
     try:
         tree = json.loads(raw.get("json", b"{}"))
-        texts = tree.get("texts") or [raw.get("txt", b"").decode()]
-    except ValueError as error:
+        texts, questions = tree.get("texts") or [raw.get("txt", b"").decode()], tree.get("questions") or []
+        if not isinstance(texts, list) or not isinstance(questions, list):
+            raise ValueError("texts and questions must be lists")
+        texts = [text for text in texts if text.strip()]
+    except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"sample {key} has an unreadable .json or .txt: {error}") from None
     images = [raw[name] for name in sorted(raw) if name.rsplit(".", 1)[-1] in EXTENSIONS]
     name = str(tree.get("image_id", tree.get("key", raw["__key__"])))
@@ -105,6 +122,6 @@ def _record(raw: Mapping[str, Any]) -> Record:
         key=key,
         images=tuple(images),
         image_ids=(name,) if len(images) < 2 else tuple(f"{name}/{i}" for i in range(len(images))),
-        texts=tuple(text for text in texts if text.strip()),
-        questions=tuple(tree.get("questions", ())),
+        texts=tuple(texts),
+        questions=tuple(questions),
     )

@@ -34,6 +34,10 @@ class DataConfig:
     pad_multiple: int = 8  # texts are padded to the longest of the micro-batch, rounded up to this
     num_workers: int = 0  # loader processes a rank
 
+    def __post_init__(self) -> None:
+        if self.pad_multiple < 1:
+            raise ValueError(f"pad_multiple is {self.pad_multiple}; it must be at least 1")
+
 
 class Loaded(NamedTuple):
     """One micro-batch, and the samples of it that could not be read, with the reason."""

@@ -47,7 +47,10 @@ def content_id(string: str) -> int:
 
 
 def train_vocabulary(texts: Iterable[str], size: int, path: Path) -> None:
-    """Learn a WordPiece vocabulary of at most `size` entries from `texts` and write it, one entry a line."""
+    """Learn a WordPiece vocabulary from `texts` and write it, one entry a line.
+
+    It has at most `size` entries, more only where the letters and the special entries alone are more.
+    """
     fast = FastTokenizer(WordPiece(unk_token="[UNK]"))
     fast.normalizer, fast.pre_tokenizer = BertNormalizer(lowercase=True), BertPreTokenizer()
     fast.train_from_iterator(

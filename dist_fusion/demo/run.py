@@ -26,8 +26,8 @@ class Size:
 SIZES = {
     "full": Size(
         {
-            "teacher-pretrain": 1000, "teacher-vqa": 800, "student-pretrain": 600, "student-vqa": 500,
-            "undistilled-pretrain": 600, "undistilled-vqa": 500,
+            "teacher-pretrain": 1000, "teacher-vqa": 800, "student-pretrain": 500, "student-vqa": 800,
+            "undistilled-pretrain": 500, "undistilled-vqa": 800,
         },
         full_size_images=4,
     ),

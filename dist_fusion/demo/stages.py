@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dist_fusion.engine import free_port
 from dist_fusion.schema import UserError
 from dist_fusion.train import CONTINUE
 
@@ -59,7 +59,7 @@ def run_stage(stage: Stage, folder: Path, seed: int, steps: int) -> float:
     run = runs / stage.name
     began = time.monotonic()
     command = [
-        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(RANKS), "--master_port", str(_free_port()),
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(RANKS), "--master_port", str(free_port()),
         "--module", "dist_fusion.train", stage.recipe,
         f"name={stage.name}", f"runs={runs}", f"seed={seed}", f"steps={steps}", f"evaluate_every={steps}",
         f"data.shards=[{folder}/shards/train]", f"data.dev=[{folder}/shards/dev]",
@@ -131,13 +131,6 @@ def _failure(name: str, run: Path, code: int) -> str:
     log = run.parent / f"{name}.log"
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
     return f"{name} ended with code {code}; the end of {log}:\n{tail}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def choose_folder(runs: Path, size: str, fresh: bool) -> Path:

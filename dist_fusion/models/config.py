@@ -29,6 +29,9 @@ class ModelConfig:
     num_fusion_layers: int = 3
 
     def __post_init__(self) -> None:
+        for key in ("width", "num_heads", "num_layers", "image_size", "patch_size", "num_slots"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.image_size % self.patch_size:

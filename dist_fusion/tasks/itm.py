@@ -22,6 +22,10 @@ class Itm:
     block: int = 16  # samples; a micro-batch must be a multiple
     attention: float = 1.0  # weight of its pairs in attention distillation
 
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ValueError(f"block is {self.block}; it must be at least 1")
+
     def head(self, vocabulary: Vocabulary) -> HeadSpec:
         return HeadSpec("linear", 2)
 

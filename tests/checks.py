@@ -1,0 +1,133 @@
+"""What real ranks are asked to do in tests, each a function of JSON arguments with a JSON result."""
+
+import contextlib
+import io
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from dist_fusion import distributed
+from dist_fusion.config import load
+from dist_fusion.data.stream import Loaded
+from dist_fusion.distill import DistillConfig, objective, row_weights
+from dist_fusion.engine import build_engine
+from dist_fusion.evaluate import evaluate
+from dist_fusion.models.heads import ContrastHead, Features
+from dist_fusion.preemption import StopRequest
+from dist_fusion.schema import UserError
+from dist_fusion.train import train
+from dist_fusion.types import Batch, HeadSpec
+from tests import tiny
+
+CPU = torch.device("cpu")
+
+
+def losses(recipe: str, overrides: list[str], stage: int, accumulation: int, counts: list[list[int]]) -> dict:
+    """The global losses of some steps, and a digest of the weights after them, of this number of ranks.
+
+    `counts[step]` samples are dealt to micro-steps and ranks in contiguous, possibly unequal or empty shares, so that
+    one process and many see the same samples in the same micro-steps.
+    """
+    config = load(recipe, [*overrides, f"deepspeed=zero{stage}-cpu", f"accumulation={accumulation}"])
+    tasks = tiny.PRETRAINING
+    student = tiny.model(tiny.model_config(), tasks)
+    teacher = tiny.model(tiny.model_config("fusion-encoder"), tiny.TEACHING, seed=1).eval()
+    distill = DistillConfig(targets="both", soft=1.0)
+    ranks, rank = distributed.world_size(), distributed.rank()
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = build_engine(student, config, ranks)
+    seen, start = [], 0
+    for shares in counts:
+        mine: list[Batch] = []
+        for micro in range(accumulation):
+            dealt = shares[2 * micro : 2 * micro + 2]  # of two ranks; one process takes both
+            size, offset = (sum(dealt), 0) if ranks == 1 else (dealt[rank], sum(dealt[:rank]))
+            mine.append(tiny.batch(tasks, tiny.samples(size, start=start + offset)))
+            start += sum(dealt)
+        rows = distributed.summed(row_weights(mine, tasks))
+        total = torch.zeros(())
+        for batch in mine:
+            with torch.no_grad():
+                taught = teacher(batch)
+            loss = objective(distill, tasks, batch, engine(batch), taught, rows)
+            engine.backward(loss.total * (ranks * accumulation))
+            engine.step()
+            total += loss.total.detach()
+        seen.append(distributed.summed(total).item())
+    return {"losses": seen}
+
+
+def contrast(sizes: list[int], captions: int) -> dict:
+    """ITC's global loss and the gradients of its head's inputs and temperature, rows dealt by `sizes`."""
+    ranks, rank = distributed.world_size(), distributed.rank()
+    size, start = (sum(sizes), 0) if ranks == 1 else (sizes[rank], sum(sizes[:rank]))
+    task = tiny.PRETRAINING["itc"]
+    batch = tiny.batch({"itc": task}, tiny.samples(size, start=start, captions=captions))
+    draw = torch.Generator().manual_seed(5)
+    everything = torch.randn(sum(sizes), 2, 16, generator=draw, dtype=torch.float64)
+    torch.manual_seed(0)
+    head = ContrastHead(16, 16, HeadSpec("contrast", 8)).double()
+    target = batch.targets["itc"]
+    mine = everything[start : start + size].clone().requires_grad_()
+    rows = torch.arange(size)[:, None].expand(size, 2)
+    logits = head(Features(torch.zeros(0), torch.zeros(0), mine[:, 0], mine[:, 1]), rows)
+    loss = task.hard_loss(logits, target).sum() / sum(sizes)
+    loss.backward()
+    weights = [distributed.summed(parameter.grad).flatten().tolist() for parameter in head.parameters()]
+    return {"loss": distributed.summed(loss.detach()).item(), "inputs": mine.grad.tolist(), "weights": weights}
+
+
+def scores(count: int, micro_batch: int) -> dict:
+    """The scores of a model over `count` samples, dealt to the ranks in shares that are as uneven as they can be."""
+    ranks, rank = distributed.world_size(), distributed.rank()
+    student = tiny.model(tiny.model_config(), tiny.PRETRAINING)
+    step = micro_batch * ranks
+    batches = []
+    for begin in range(0, count, step):
+        mine = range(begin + rank * micro_batch, min(begin + (rank + 1) * micro_batch, count, begin + step))
+        dealt = [sample for position in mine for sample in tiny.samples(1, start=position)]
+        batches.append(Loaded(tiny.batch(tiny.PRETRAINING | {"itm": tiny.TASKS["itm"](block=1)}, dealt), ()))
+    table = evaluate(student, {"mlm": tiny.PRETRAINING["mlm"]}, batches, CPU)
+    return {kind: list(score) for kind, score in table["mlm"].items()}
+
+
+def stop_flag(folder: str, told: int | None) -> list[bool]:
+    """Whether each rank hears of a stop request that only rank `told` got by a signal (or a file, if None)."""
+    stop = StopRequest(Path(folder) / "STOP")
+    before = stop.anywhere(CPU)
+    if told is None and distributed.rank() == 0:
+        (Path(folder) / "STOP").touch()
+    distributed.barrier()
+    if told == distributed.rank():
+        os.kill(os.getpid(), signal.SIGUSR2)
+    after = stop.anywhere(CPU)
+    stop.close()
+    return [before, after]
+
+
+def run(recipe: str, overrides: list[str], stop_at: int | None = None) -> dict:
+    """Train a recipe in these ranks; returns the exit code, or the user's mistake.
+
+    With `stop_at` the stop file appears once the run has logged that step.
+    """
+    try:
+        config = load(recipe, overrides)
+        if stop_at is not None and distributed.rank() == 0:
+            threading.Thread(target=_stop_later, args=(Path(config.runs) / config.name, stop_at), daemon=True).start()
+        return {"code": train(config, CPU)}
+    except UserError as error:
+        return {"mistake": str(error)}
+
+
+def _stop_later(folder: Path, step: int) -> None:
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+        time.sleep(0.005)
+    (folder / "STOP").touch()
+
+
+CHECKS = {"losses": losses, "contrast": contrast, "scores": scores, "stop_flag": stop_flag, "run": run}

@@ -1,0 +1,83 @@
+"""A reusable group of real ranks: processes that start DeepSpeed once and then run one check after the other.
+
+A check is a function of this module's `CHECKS` table, called with JSON arguments on every rank; its JSON results come
+back in the order of the ranks. Starting two ranks costs seconds, so all checks of a test session share them.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+class Ranks:
+    """`size` processes that run checks."""
+
+    def __init__(self, size: int, log: Path):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self._log = log
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.ranks"], cwd=ROOT, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("a"),
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            )
+            for rank in range(size)
+        ]  # fmt: skip
+
+    def run(self, check: str, **arguments: object) -> list:
+        """The results of `check` on every rank; raises AssertionError with the trace of a rank that failed."""
+        for process in self._processes:
+            process.stdin.write(json.dumps([check, arguments]) + "\n")
+            process.stdin.flush()
+        replies = [self._reply(process) for process in self._processes]
+        failed = [reply["trace"] for reply in replies if "trace" in reply]
+        assert not failed, "\n".join(failed)
+        return [reply["result"] for reply in replies]
+
+    def _reply(self, process: subprocess.Popen) -> dict:
+        for line in process.stdout:
+            if line.startswith("REPLY "):
+                return json.loads(line.removeprefix("REPLY "))
+        raise AssertionError(f"a rank died:\n{self._log.read_text()[-3000:]}")
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.stdin.close()
+        for process in self._processes:
+            process.wait(30)
+
+
+def serve() -> None:
+    """The life of one rank: read a check, run it, reply."""
+    import torch
+
+    from dist_fusion.engine import start_ranks, stop_ranks
+    from tests.checks import CHECKS
+
+    torch.set_num_threads(1)
+    start_ranks()
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        check: Callable[..., object] = CHECKS[name]
+        try:
+            reply = {"result": check(**arguments)}
+        except Exception:
+            reply = {"trace": traceback.format_exc()}
+        sys.stdout.write(f"REPLY {json.dumps(reply)}\n")
+        sys.stdout.flush()
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,205 @@
+from dataclasses import fields, replace
+from itertools import product
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_fusion.config import RECIPES, Config, OptimizerConfig, dump, load
+from dist_fusion.distill import TARGETS
+from dist_fusion.models.fusion import FUSIONS
+from dist_fusion.schema import UserError
+from dist_fusion.tasks import TASKS
+
+STUDENT, TEACHER = "demo-student-pretrain", "demo-teacher-pretrain"
+SHIPPED = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
+SMALL = "name: small\nsteps: 3\nglobal_batch: 4\n"
+NO_TEACHER = ["teacher=null", "distill.targets=none", "distill.soft=0"]
+
+
+@pytest.mark.parametrize("recipe", SHIPPED)
+def test_a_shipped_recipe_loads_and_its_dump_loads_back(recipe, tmp_path):
+    config, again = load(recipe), tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load(again) == config
+    assert config.active_tasks()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.builds(
+        OptimizerConfig,
+        **{name: st.floats(allow_nan=False) for name in ("learning_rate", "epsilon", "weight_decay", "warmup", "clip")},
+        betas=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    ),
+    st.integers(),
+    st.text(),
+    st.lists(st.text()).map(tuple),
+)
+def test_a_dump_keeps_any_number_and_any_string(tmp_path_factory, optimizer, seed, deepspeed, shards):
+    config = load(STUDENT)
+    config = replace(
+        config, optimizer=optimizer, seed=seed, deepspeed=deepspeed, data=replace(config.data, shards=shards)
+    )
+    again = tmp_path_factory.mktemp("dump") / "again.yaml"
+    again.write_text(dump(config))
+    assert load(again) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stpes=3"], "unknown key 'stpes'; did you mean 'steps'?"),
+        (["Steps=3"], "unknown key 'Steps'; did you mean 'steps'?"),
+        (["quark=3"], "unknown key 'quark'; known keys: accumulation, data, deepspeed"),
+        (["model.fuson=virt"], "unknown key 'model.fuson'; did you mean 'fusion'?"),
+        (["tasks.itm.blok=3"], "unknown key 'tasks.itm.blok'; did you mean 'block'?"),
+        (["tasks.imt.block=3"], "unknown key 'tasks.imt'; did you mean 'itm'?"),
+        (["teacher.floder=x"], "unknown key 'teacher.floder'; did you mean 'folder'?"),
+        (["model.fusion=bridge"], f"model.fusion is 'bridge': it can be {', '.join(FUSIONS)}"),
+        (["model.mapping=all"], "model.mapping is 'all': it can be top, cross-layer, cumulative"),
+        (["model.kind=dual"], "model.kind is 'dual': Input should be 'dual-encoder' or 'fusion-encoder'"),
+        (["distill.targets=bridges"], "it can be none, towers, bridge, both; did you mean 'bridge'?"),
+        (["steps=many"], "steps is 'many': Input should be a valid integer"),
+        (["steps=1.5"], "steps is 1.5: Input should be a valid integer"),
+        (["data.shards=folder"], "data.shards is 'folder': Input should be a valid tuple"),
+        (["optimizer.betas=[0.9]"], "optimizer.betas.1 is missing"),
+        (["tasks.itm=[1]"], "tasks.itm is [1]"),
+        (["tasks.itm=7"], "tasks.itm is 7"),
+        (["teacher={}"], "teacher.folder is missing"),
+        (["steps"], "'steps' is no override; write key.sub=value"),
+        (["steps=[1"], "the value of 'steps=[1' is not YAML"),
+        (["steps=0"], "steps is 0; it must be at least 1"),
+        (["model.num_heads=0"], "num_heads is 0; it must be at least 1"),
+        (["model.patch_size=0"], "patch_size is 0; it must be at least 1"),
+        (["model.num_heads=5"], "width 96 is not a multiple of num_heads 5"),
+        (["model.patch_size=48"], "image_size 64 is not a multiple of patch_size 48"),
+        (["model.num_fusion_layers=4"], "num_fusion_layers is 4; it must be 1 to num_layers = 3"),
+        (["tasks.itm.block=0"], "block is 0; it must be at least 1"),
+        (["data.pad_multiple=0"], "pad_multiple is 0; it must be at least 1"),
+        (["keep_checkpoints=1"], "keep_checkpoints must be at least 2"),
+        (["name=../other"], "it must name a folder inside"),
+        (["name=.."], "it must name a folder inside"),
+        (["name=/other"], "it must name a folder inside"),
+        (["name=''"], "it must name a folder inside"),
+        (["data.dev=[]"], "evaluate_every is set but data.dev names no shards"),
+        (["tasks={}"], "tasks is empty; name at least one of mlm, itm, itc, vqa"),
+        (["model.fusion=shallow"], "distill.targets=towers"),
+        (["teacher=null"], "need a teacher; set teacher.folder, or distill.targets=none distill.soft=0"),
+        (["distill.targets=none", "distill.soft=0"], "a teacher is given but nothing is learned from it"),
+        (["distill.attention=0", "distill.soft=0"], "a teacher is given but nothing is learned from it"),
+        ([*NO_TEACHER, "distill.hard=0"], "nothing would be learned"),
+        (["model.kind=fusion-encoder"], "tasks.itc needs a vector for each image and text"),
+        (["model.kind=fusion-encoder", "tasks.itc=false"], "distill.targets must be none for a fusion-encoder"),
+    ],
+)
+def test_a_wrong_recipe_gets_its_key_and_what_would_be_right(overrides, message):
+    with pytest.raises(UserError) as error:
+        load(STUDENT, overrides)
+    assert message in str(error.value)
+
+
+def test_a_missing_key_is_named(tmp_path):
+    for key in ("name", "steps", "global_batch", "tasks"):
+        tree = {name: value for name, value in (yaml.safe_load(SMALL) | {"tasks": {"itm": {}}}).items() if name != key}
+        recipe = tmp_path / f"{key}.yaml"
+        recipe.write_text(yaml.safe_dump(tree))
+        with pytest.raises(UserError, match=rf"^{recipe}:\n  {key} is missing$"):
+            load(recipe)
+
+
+def test_all_wrong_keys_are_told_at_once():
+    with pytest.raises(UserError) as error:
+        load(STUDENT, ["steps=x", "model.fuson=y", "tasks.mlm.weight=z"])
+    assert all(key in str(error.value) for key in ("steps", "model.fuson", "tasks.mlm.weight"))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "", "just words"])
+def test_a_file_that_is_no_mapping_is_no_recipe(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match="it must be a mapping of keys"):
+        load(tmp_path / "x.yaml")
+
+
+def test_a_file_that_is_not_yaml_is_told(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(UserError, match=r"x\.yaml is not YAML"):
+        load(tmp_path / "x.yaml")
+
+
+def test_an_unknown_recipe_gets_the_nearest_and_all_shipped_names():
+    with pytest.raises(UserError) as error:
+        load("demo-student-pretran")
+    assert "did you mean 'demo-student-pretrain'?" in str(error.value)
+    assert all(name in str(error.value) for name in SHIPPED)
+
+
+def test_a_bare_task_has_its_defaults_and_false_leaves_it_out(tmp_path):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(SMALL + "tasks:\n  itc:\n  mlm: false\n  itm: {block: 2}\n")
+    assert load(recipe).active_tasks() == {"itm": TASKS["itm"](block=2), "itc": TASKS["itc"]()}
+    assert list(load(recipe, ["tasks.itc=false", "tasks.mlm="]).active_tasks()) == ["mlm", "itm"]
+    with pytest.raises(UserError, match="tasks is empty"):
+        load(recipe, ["tasks.itc=false", "tasks.itm=false"])
+
+
+def test_the_last_override_wins_and_the_others_stay():
+    plain, changed = load(STUDENT), load(STUDENT, ["steps=7", "model.width=48", "steps=9"])
+    assert changed == replace(plain, steps=9, model=replace(plain.model, width=48))
+
+
+@pytest.mark.parametrize(("fusion", "targets"), list(product(FUSIONS, TARGETS)))
+def test_a_bridge_is_matched_only_where_there_is_one(fusion, targets):
+    legal = targets in ("none", "towers") or fusion in ("bridge-pre", "bridge-post")
+    overrides = [f"model.fusion={fusion}", f"distill.targets={targets}"]
+    if legal:
+        assert load(STUDENT, overrides).distill.targets == targets
+        return
+    with pytest.raises(UserError) as error:
+        load(STUDENT, overrides)
+    assert f"distill.targets is {targets!r}, but model.fusion {fusion!r} has no attention of its own" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_a_fusion_encoder_has_no_targets(targets):
+    overrides = ["teacher.folder=x", "distill.soft=1", f"distill.targets={targets}"]
+    if targets == "none":
+        assert load(TEACHER, overrides).teacher is not None
+        return
+    with pytest.raises(UserError, match=r"distill\.targets must be none for a fusion-encoder"):
+        load(TEACHER, overrides)
+
+
+def test_a_global_batch_must_divide_by_ranks_and_accumulation():
+    config = load(STUDENT, ["global_batch=32", "accumulation=2"])
+    assert config.micro_batch(2) == 8
+    with pytest.raises(UserError, match="global_batch 32 does not divide by accumulation 2 x 3 ranks = 6"):
+        config.micro_batch(3)
+
+
+def test_a_micro_batch_must_be_a_multiple_of_the_matching_block():
+    with pytest.raises(UserError, match=r"a micro-batch is 4 samples .* no multiple of tasks\.itm\.block 8"):
+        load(STUDENT, ["global_batch=32"]).micro_batch(8)
+    assert load(STUDENT, ["global_batch=32", "tasks.itm=false"]).micro_batch(8) == 4
+
+
+SIZES = st.integers(1, 64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, st.integers(1, 4), st.integers(1, 8), SIZES)
+def test_a_micro_batch_is_an_equal_share_or_refused(global_batch, accumulation, ranks, block):
+    config = replace(load(STUDENT), global_batch=global_batch, accumulation=accumulation)
+    config = replace(config, tasks=replace(config.tasks, itm=TASKS["itm"](block=block)))
+    if global_batch % (accumulation * ranks * block) == 0:
+        assert config.micro_batch(ranks) * ranks * accumulation == global_batch
+    else:
+        with pytest.raises(UserError):
+            config.micro_batch(ranks)
+
+
+def test_every_key_of_a_shipped_dump_is_a_field():
+    assert set(yaml.safe_load(dump(load(STUDENT)))) == {field.name for field in fields(Config)}

@@ -1,0 +1,48 @@
+"""What must hold on several ranks, run on two real ones (gloo, DeepSpeed) that all these tests share."""
+
+import pytest
+import torch
+
+from tests import checks
+
+UNEVEN = [[8, 4], [4, 8], [12, 0], [0, 12], [4, 4]]
+UNEVEN_AND_ACCUMULATED = [[8, 4, 4, 8], [0, 8, 12, 0], [4, 4, 0, 4]]
+
+
+@pytest.mark.parametrize(("accumulation", "counts"), [(1, UNEVEN), (2, UNEVEN_AND_ACCUMULATED)])
+def test_every_zero_stage_gives_the_losses_of_one_process(two_ranks, one_rank, tiny_recipe, accumulation, counts):
+    """With unequal rows a rank, some ranks without any, and accumulation."""
+    arguments = {"recipe": str(tiny_recipe), "overrides": [], "accumulation": accumulation, "counts": counts}
+    alone = one_rank.run("losses", stage=1, **arguments)[0]["losses"]
+    assert alone[-1] < alone[0]
+    for stage in (1, 2, 3):
+        for reply in two_ranks.run("losses", stage=stage, **arguments):
+            assert reply["losses"] == pytest.approx(alone, rel=2e-5), f"ZeRO-{stage}"
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [5, 3], [7, 0]])
+@pytest.mark.parametrize("captions", [10**9, 3])
+def test_contrast_on_two_ranks_equals_one_process_with_the_whole_batch(two_ranks, sizes, captions):
+    whole = checks.contrast(sizes, captions)
+    parts = two_ranks.run("contrast", sizes=sizes, captions=captions)
+    for part in parts:
+        assert part["loss"] == pytest.approx(whole["loss"], rel=1e-5, abs=1e-6)
+        for ours, theirs in zip(part["weights"], whole["weights"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    inputs = [row for part in parts for row in part["inputs"]]
+    torch.testing.assert_close(torch.tensor(inputs), torch.tensor(whole["inputs"]))
+
+
+@pytest.mark.parametrize("count", [7, 8, 9, 1])
+def test_scores_on_uneven_ranks_are_those_of_one_process(two_ranks, count):
+    alone = checks.scores(count, 2)
+    assert alone["masked tokens"][1] >= count
+    for reply in two_ranks.run("scores", count=count, micro_batch=2):
+        assert reply == alone
+
+
+@pytest.mark.parametrize("told", [0, 1, None])
+def test_a_stop_told_to_one_rank_reaches_all(two_ranks, tmp_path, told):
+    for before, after in two_ranks.run("stop_flag", folder=str(tmp_path), told=told):
+        assert not before
+        assert after

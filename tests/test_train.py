@@ -1,0 +1,205 @@
+"""Real runs on real shards by real ranks: stopping, resuming, and what is refused."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dist_fusion import train
+
+LIFE = ["steps=40", "log_every=1", "save_every=100", "model.dropout=0.3"]
+
+
+@pytest.fixture(scope="module")
+def recipe(shards, tmp_path_factory) -> Path:
+    """A small student without a teacher, on the shards that all tests share."""
+    path = tmp_path_factory.mktemp("recipes") / "small.yaml"
+    path.write_text(
+        f"""
+name: small
+runs: {path.parent}/runs
+steps: 4
+global_batch: 8
+tasks: {{mlm: , itm: {{block: 4}}, itc: {{dimensions: 8}}}}
+model: {{width: 16, num_heads: 2, num_layers: 2, num_fusion_layers: 2, image_size: 32, patch_size: 16}}
+data: {{shards: [{shards}], vocabulary: {shards}/vocab.txt, shuffle_buffer: 10}}
+optimizer: {{learning_rate: 1e-3}}
+"""
+    )
+    return path
+
+
+def metrics(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss/total"]) for line in lines if "loss/total" in line]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    ours, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_resumed_run_equals_the_uninterrupted_one(two_ranks, recipe, tmp_path, stage):
+    """With dropout on, over two epochs, stopped by a file: the same losses and weights to the last bit."""
+    common = [*LIFE, f"runs={tmp_path}", f"deepspeed=zero{stage}-cpu"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    arguments = {"recipe": str(recipe), "overrides": [*common, "name=whole"]}
+    assert two_ranks.run("run", **arguments) == [{"code": train.DONE}] * 2
+    arguments["overrides"][-1] = "name=parts"
+    assert two_ranks.run("run", stop_at=7, **arguments) == [{"code": train.CONTINUE}] * 2
+    stopped = metrics(parts)[-1][0]
+    assert 7 <= stopped < 40
+    assert two_ranks.run("run", **arguments) == [{"code": train.DONE}] * 2
+    assert metrics(parts) == metrics(whole)
+    assert [step for step, _ in metrics(parts)] == list(range(1, 41))
+    assert same_weights(whole, parts)
+
+
+@pytest.mark.launch
+def test_a_signal_to_one_worker_of_the_deepspeed_launcher_saves_all_and_the_same_command_continues(
+    two_ranks, recipe, tmp_path
+):
+    overrides = ["steps=300", *LIFE[1:], f"runs={tmp_path}"]
+    run, command = tmp_path / "small", [
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29611",
+        "--module", "dist_fusion.train", str(recipe), *overrides,
+    ]  # fmt: skip
+    first = subprocess.Popen(command)
+    try:
+        _wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 5, first)
+        pid = int((run / "logs" / "rank-1.pid").read_text())
+        subprocess.run(["kill", f"-{signal.SIGUSR2.value}", str(pid)], check=True)
+        assert first.wait(60) == train.CONTINUE
+    finally:
+        first.kill()
+    assert not (run / "model.safetensors").exists()
+    assert metrics(run)[-1][0] < 300
+    assert subprocess.run(command, timeout=120).returncode == train.DONE
+    two_ranks.run("run", recipe=str(recipe), overrides=[*overrides, "name=whole"])
+    assert metrics(run) == metrics(tmp_path / "whole")
+    assert same_weights(run, tmp_path / "whole")
+
+
+def _wait_for(condition, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "the launcher ended early"
+        assert time.monotonic() < end, "nothing happened for two minutes"
+        time.sleep(0.05)
+
+
+def test_the_name_of_a_run_belongs_to_its_recipe(two_ranks, recipe, tmp_path):
+    common = [f"runs={tmp_path}", "steps=2"]
+    assert two_ranks.run("run", recipe=str(recipe), overrides=common) == [{"code": train.DONE}] * 2
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    for reply in two_ranks.run("run", recipe=str(recipe), overrides=[*common, "model.width=32", "seed=3"]):
+        assert "made by another recipe" in reply["mistake"]
+        assert "model.width was 16, now 32" in reply["mistake"]
+        assert "name=" in reply["mistake"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_started_again_does_nothing_and_says_done(two_ranks, recipe, tmp_path):
+    arguments = {"recipe": str(recipe), "overrides": [f"runs={tmp_path}", "steps=2"]}
+    two_ranks.run("run", **arguments)
+    weights = (tmp_path / "small" / "model.safetensors").stat().st_mtime_ns
+    assert two_ranks.run("run", **arguments) == [{"code": train.DONE}] * 2
+    assert (tmp_path / "small" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_a_checkpoint_of_another_architecture_or_number_of_ranks_is_refused(two_ranks, one_rank, recipe, tmp_path):
+    arguments = {"recipe": str(recipe), "overrides": [f"runs={tmp_path}", "steps=2"]}
+    two_ranks.run("run", **arguments)
+    (reply,) = one_rank.run("run", **arguments)
+    assert "saved by 2 ranks and there are 1" in reply["mistake"]
+    manifest = next((tmp_path / "small" / "checkpoints").glob("*/manifest.json"))
+    tree = json.loads(manifest.read_text())
+    tree["model"]["width"] = 64
+    manifest.write_text(json.dumps(tree))
+    for reply in two_ranks.run("run", **arguments):
+        assert "another architecture: width 64 there, 16 here" in reply["mistake"]
+
+
+def test_a_checkpoint_that_is_not_whole_is_no_candidate(two_ranks, recipe, tmp_path):
+    arguments = {"recipe": str(recipe), "overrides": [f"runs={tmp_path}", "steps=4", "save_every=2", "log_every=1"]}
+    two_ranks.run("run", **arguments)
+    run = tmp_path / "small"
+    expected = metrics(run)
+    torn = run / "checkpoints" / "step-00000004"
+    shard = next(torn.glob("*optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    (run / "model.safetensors").unlink()
+    assert two_ranks.run("run", **arguments) == [{"code": train.DONE}] * 2
+    assert metrics(run) == expected
+
+
+def test_a_checkpoint_holds_no_teacher(two_ranks, recipe, tmp_path):
+    common = [f"runs={tmp_path}", "steps=2"]
+    teacher = ["name=teacher", "tasks.itc=false", "model.kind=fusion-encoder"]
+    assert two_ranks.run("run", recipe=str(recipe), overrides=[*common, *teacher]) == [{"code": train.DONE}] * 2
+    taught = [f"teacher.folder={tmp_path}/teacher", "distill.targets=both", "distill.soft=1"]
+    theirs = (tmp_path / "teacher" / "model.safetensors").read_bytes()
+    assert two_ranks.run("run", recipe=str(recipe), overrides=[*common, *taught]) == [{"code": train.DONE}] * 2
+    assert (tmp_path / "teacher" / "model.safetensors").read_bytes() == theirs
+    state = torch.load(
+        tmp_path / "small" / "checkpoints" / "step-00000002" / "mp_rank_00_model_states.pt", weights_only=False
+    )
+    assert set(state["module"]) == set(load_file(tmp_path / "small" / "model.safetensors"))
+    assert not any("encoder." in name for name in state["module"])
+
+
+def test_an_undecodable_image_is_reported_and_training_goes_on(two_ranks, recipe, shards, tmp_path):
+    import tarfile
+
+    broken = tmp_path / "shards"
+    broken.mkdir()
+    for tar in sorted(Path(shards).glob("*.tar")):
+        (broken / tar.name).write_bytes(tar.read_bytes())
+    with tarfile.open(next(broken.glob("*.tar"))) as tar:
+        member = next(m for m in tar.getmembers() if m.name.endswith(".png"))
+    victim = next(broken.glob("*.tar"))
+    data = bytearray(victim.read_bytes())
+    data[member.offset_data : member.offset_data + 40] = b"x" * 40
+    victim.write_bytes(data)
+    overrides = [f"runs={tmp_path}/runs", "steps=6", "log_every=1", f"data.shards=[{broken}]"]
+    assert two_ranks.run("run", recipe=str(recipe), overrides=overrides) == [{"code": train.DONE}] * 2
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "small" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["data/skipped"] == 1.0
+    assert len(lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.shards=[/nowhere]"], "'/nowhere', which does not exist"),
+        (["data.vocabulary=/nowhere.txt"], "no such file"),
+        (["global_batch=10"], "no multiple of tasks.itm.block"),
+        (["deepspeed=zero9"], "zero1-cpu"),
+        (["initialise_from=/nowhere"], "holds no finished model"),
+        (["teacher.folder=/nowhere", "distill.soft=1"], "holds no finished model"),
+        (["model.widht=3"], "did you mean 'width'?"),
+    ],
+)
+def test_a_mistake_is_told_in_one_message_and_leaves_nothing_behind(recipe, tmp_path, capsys, overrides, message):
+    code = train.main([str(recipe), f"runs={tmp_path}/runs", *overrides])
+    assert code == train.MISTAKE
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_shows_recipe_batches_and_parameters_and_starts_nothing(recipe, tmp_path, capsys):
+    assert train.main([str(recipe), f"runs={tmp_path}/runs", "--dry-run"]) == train.DONE
+    shown = capsys.readouterr().out
+    assert "train_micro_batch_size_per_gpu" in shown
+    assert "fusion: bridge-pre" in shown
+    assert "total" in shown
+    assert not (tmp_path / "runs").exists()
