@@ -46,6 +46,10 @@ def start_ranks() -> torch.device:
     if not cuda:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = torch.device("cpu")
+    if not cuda and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that each take all cores wait for one another: seconds a step where milliseconds do.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     if cuda:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)

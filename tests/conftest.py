@@ -12,6 +12,7 @@ from dist_fusion.batch import Sample, Text
 from dist_fusion.data.shards import write_shards
 from dist_fusion.data.text import train_vocabulary
 from dist_fusion.types import Vocabulary
+from tests.rank_fixtures import one_rank, tiny_recipe, two_ranks  # noqa: F401  fixtures
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 210)}
 NUM_SAMPLES = 41  # odd, so that no number of ranks divides it

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from dist_fusion import train
+from dist_fusion.engine import free_port
 
-LIFE = ["steps=40", "log_every=1", "save_every=100", "model.dropout=0.3"]
+LIFE = ["steps=40", "log_every=1", "save_every=100", "evaluate_every=15", "model.dropout=0.3"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ steps: 4
 global_batch: 8
 tasks: {{mlm: , itm: {{block: 4}}, itc: {{dimensions: 8}}}}
 model: {{width: 16, num_heads: 2, num_layers: 2, num_fusion_layers: 2, image_size: 32, patch_size: 16}}
-data: {{shards: [{shards}], vocabulary: {shards}/vocab.txt, shuffle_buffer: 10}}
+data: {{shards: [{shards}], dev: [{shards}], vocabulary: {shards}/vocab.txt, shuffle_buffer: 10}}
 optimizer: {{learning_rate: 1e-3}}
 """
     )
@@ -68,7 +69,7 @@ def test_a_signal_to_one_worker_of_the_deepspeed_launcher_saves_all_and_the_same
 ):
     overrides = ["steps=300", *LIFE[1:], f"runs={tmp_path}"]
     run, command = tmp_path / "small", [
-        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29611",
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port()),
         "--module", "dist_fusion.train", str(recipe), *overrides,
     ]  # fmt: skip
     first = subprocess.Popen(command)
@@ -85,6 +86,20 @@ def test_a_signal_to_one_worker_of_the_deepspeed_launcher_saves_all_and_the_same
     two_ranks.run("run", recipe=str(recipe), overrides=[*overrides, "name=whole"])
     assert metrics(run) == metrics(tmp_path / "whole")
     assert same_weights(run, tmp_path / "whole")
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    "launcher",
+    [["torchrun", "--nproc_per_node", "2", "--master_port", "{port}"], ["python"]],
+    ids=["torchrun", "python"],
+)
+def test_torchrun_and_plain_python_start_the_same_loop(recipe, tmp_path, launcher):
+    program, *options = (part.format(port=free_port()) for part in launcher)
+    command = [str(Path(sys.executable).with_name(program)), *options, "-m", "dist_fusion.train", str(recipe)]
+    done = subprocess.run([*command, f"runs={tmp_path}", "steps=2", "log_every=1"], timeout=120)
+    assert done.returncode == train.DONE
+    assert len(metrics(tmp_path / "small")) == 2
 
 
 def _wait_for(condition, process: subprocess.Popen) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dist_fusion.batch import Lays, PairBatch, Question, Sample
@@ -143,8 +144,19 @@ class Stream(IterableDataset[Loaded]):
 
 
 def load_batches(stream: Stream, num_workers: int) -> Iterator[Loaded]:
-    """The stream through loader workers, in its own order."""
-    return iter(DataLoader(stream, batch_size=None, num_workers=num_workers, worker_init_fn=_ignore_signals))
+    """The stream through loader workers, in its own order, without touching torch's random generator.
+
+    A loader draws a seed when it starts; from the default generator that would shift the dropout of a resumed run.
+    """
+    return iter(
+        DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=num_workers,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),
+        )
+    )
 
 
 def _ignore_signals(worker: int) -> None:

@@ -53,8 +53,12 @@ def train_vocabulary(texts: Iterable[str], size: int, path: Path) -> None:
     """
     fast = FastTokenizer(WordPiece(unk_token="[UNK]"))
     fast.normalizer, fast.pre_tokenizer = BertNormalizer(lowercase=True), BertPreTokenizer()
+    texts = list(texts)
+    split = (fast.pre_tokenizer.pre_tokenize_str(fast.normalizer.normalize_str(text)) for text in texts)
+    # The trainer numbers the letters inside words in the random order of a hash map, and breaks ties by those numbers.
+    letters = sorted({f"##{letter}" for words in split for word, _ in words for letter in word[1:]})
     fast.train_from_iterator(
-        texts, WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIALS), show_progress=False)
+        texts, WordPieceTrainer(vocab_size=size, special_tokens=[*SPECIALS, *letters], show_progress=False)
     )
     entries = sorted(fast.get_vocab(), key=fast.get_vocab().__getitem__)
     path.write_text("".join(f"{entry}\n" for entry in entries))

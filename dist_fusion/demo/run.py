@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dist_fusion.checkpoint import versions
+from dist_fusion.config import load
 from dist_fusion.data import easy_vqa
 from dist_fusion.demo import answers, pictures, timing
 from dist_fusion.demo.stages import STAGES, choose_folder, run_stage
@@ -19,20 +20,11 @@ from dist_fusion.schema import UserError
 class Size:
     """How much the demo trains."""
 
-    steps: dict[str, int]
+    steps: int | None  # of every stage; None is what its recipe says
     full_size_images: int  # in the timing at 12 layers
 
 
-SIZES = {
-    "full": Size(
-        {
-            "teacher-pretrain": 1000, "teacher-vqa": 800, "student-pretrain": 500, "student-vqa": 800,
-            "undistilled-pretrain": 500, "undistilled-vqa": 800,
-        },
-        full_size_images=4,
-    ),
-    "smoke": Size({stage.name: 20 for stage in STAGES}, full_size_images=1),
-}  # fmt: skip
+SIZES = {"full": Size(steps=None, full_size_images=4), "smoke": Size(steps=20, full_size_images=1)}
 """`full` is the demo; `smoke` runs the same stages in a few steps each, to see that they run."""
 
 
@@ -47,6 +39,7 @@ def demo(size: str, seeds: int, fresh: bool, runs: Path = Path("runs")) -> int:
         _say(f"This demo is finished; FRESH=1 starts another beside it.\n\n{(folder / 'results.md').read_text()}")
         return _goodbye(folder)
     seconds = _Seconds(folder / "seconds.json")
+    steps = {stage.name: SIZES[size].steps or load(stage.recipe).steps for stage in STAGES}
     _say(f"The demo lives in {folder}. Stop it whenever you like: the same command goes on from there.\n")
     if not (folder / "shards" / "done").exists():
         with seconds.of("prepare"):
@@ -57,8 +50,7 @@ def demo(size: str, seeds: int, fresh: bool, runs: Path = Path("runs")) -> int:
         if seeds > 1:
             _say(f"\nSeed {seed}")
         for stage in STAGES:
-            took = run_stage(stage, folder, seed, SIZES[size].steps[stage.name])
-            seconds.add(stage.part, took)
+            seconds.add(stage.part, run_stage(stage, folder, seed, steps[stage.name]))
     torch.set_num_threads(2)
     with seconds.of("answer"):
         _say("\nAnswering the test questions …")
@@ -72,7 +64,7 @@ def demo(size: str, seeds: int, fresh: bool, runs: Path = Path("runs")) -> int:
         "accuracy": answers.mean(by_seed),
         "by_seed": by_seed,
         "size": size,
-        "steps": SIZES[size].steps,
+        "steps": steps,
         "inference": [one._asdict() for one in timings],
         "timing_lines": [*timing.HEADER, *(one.line() for one in timings)],
         "seconds": seconds.rounded(),

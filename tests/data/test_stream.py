@@ -1,0 +1,211 @@
+import json
+from itertools import islice
+
+import pytest
+import torch
+
+from dist_fusion.data.shards import find_shards, read_records, write_shards
+from dist_fusion.data.stream import DataConfig, Plan, Stream, load_batches
+from dist_fusion.data.text import Tokenizer, content_id
+from dist_fusion.schema import UserError
+from dist_fusion.tasks import TASKS
+
+CONTRAST = 12  # samples of a micro-step on all ranks
+STEPS = 8  # 96 samples of 41: over two epochs' ends
+PRETRAINING = {"mlm": TASKS["mlm"](probability=0.3), "itm": TASKS["itm"](block=3), "itc": TASKS["itc"]()}
+
+
+@pytest.fixture(scope="module")
+def stream_of(shards):
+    tokenizer = Tokenizer(str(shards / "vocab.txt"), 16)
+
+    def build(rank=0, ranks=1, *, micro_batch=None, start=0, endless=True, tasks=PRETRAINING, seed=5, **data):
+        config = DataConfig(**{"shards": (str(shards),), "shuffle_buffer": 10, "pad_multiple": 1, **data})
+        plan = Plan(micro_batch or CONTRAST // ranks, rank, ranks, seed)
+        return Stream(config, tasks, tokenizer, 8, plan, start=start, endless=endless)
+
+    return build
+
+
+def contents(batch):
+    """What a batch asks, in words that hold on any number of ranks: ids and tokens, no rows."""
+    texts = [tuple(ids[mask].tolist()) for ids, mask in zip(batch.text_ids, batch.text_mask, strict=True)]
+    images = [(name, round(pixels.sum().item(), 3)) for name, pixels in zip(batch.image_id, batch.images, strict=True)]
+    images = [(name.item(), pixels) for name, pixels in images]
+    mlm, itm, itc = (batch.targets[task] for task in ("mlm", "itm", "itc"))
+    pairs = [(images[image], texts[text]) for image, text in batch.pairs.tolist()]
+    return {
+        "mlm": [(*pairs[p], at, label) for (p, at), label in zip(mlm.rows.tolist(), mlm.labels.tolist(), strict=True)],
+        "itm": [
+            (*pairs[p], label, weight)
+            for (p,), label, weight in zip(itm.rows.tolist(), itm.labels.tolist(), itm.weight.tolist(), strict=True)
+        ],
+        "itc": [tuple(label) for label in itc.labels.tolist()],
+        "caption ids": [batch.caption_id[text].item() for _, text in itc.rows.tolist()],
+        "image ids": [batch.image_id[image].item() for image, _ in itc.rows.tolist()],
+    }
+
+
+def taken(stream, steps=STEPS, workers=0):
+    return [contents(loaded.batch) for loaded in islice(load_batches(stream, workers), steps)]
+
+
+def joined(parts):
+    """Each step's contents over all ranks, one after the other."""
+    return [{key: [row for part in step for row in part[key]] for key in step[0]} for step in zip(*parts, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def alone(stream_of):
+    return taken(stream_of())
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_global_batches_are_the_same_on_any_number_of_ranks_and_workers(stream_of, alone, ranks, workers):
+    assert joined([taken(stream_of(rank, ranks), workers=workers) for rank in range(ranks)]) == alone
+
+
+def test_the_order_depends_on_the_seed(stream_of, alone):
+    assert taken(stream_of()) == alone
+    assert taken(stream_of(seed=6)) != alone
+
+
+@pytest.mark.parametrize("start", [1, 3, 4, 7])
+def test_a_stream_started_later_is_the_rest_of_one_from_the_start(stream_of, alone, start):
+    """The first epoch ends in micro-step 3, the second in 6."""
+    assert taken(stream_of(start=start), STEPS - start) == alone[start:]
+    assert joined([taken(stream_of(r, 2, start=start), STEPS - start, workers=2) for r in range(2)]) == alone[start:]
+
+
+def pictures_of(shards):
+    for record in read_records(find_shards([str(shards)]), order=None, buffer=0):
+        yield record.images[0]
+
+
+def names(batches):
+    return [name for batch in batches for name in batch["image ids"]]
+
+
+def test_each_sample_comes_once_an_epoch_and_epochs_differ(stream_of):
+    order = names(taken(stream_of(tasks={**PRETRAINING, "itm": TASKS["itm"](block=1)}, micro_batch=1), 3 * 41))
+    epochs = [order[:41], order[41:82], order[82:]]
+    assert set(epochs[0]) == {content_id(f"image picture/{i}") for i in range(41)}
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+@pytest.fixture
+def few(tmp_path, shards):
+    """Writes a folder of shards with some texts a sample."""
+
+    def write(*texts):
+        pictures = islice(pictures_of(shards), len(texts))
+        samples = [
+            (f"{i}", {"png": picture, "json": json.dumps({"texts": of}).encode()})
+            for i, (picture, of) in enumerate(zip(pictures, texts, strict=True))
+        ]
+        write_shards(tmp_path / "few", samples, 9)
+        return (str(tmp_path / "few"),)
+
+    return write
+
+
+def test_masks_and_texts_are_drawn_anew_in_every_epoch(stream_of, few):
+    texts = [f"a {colour} picture, plain and {colour}, number {i}" for i, colour in enumerate(("red", "green", "blue"))]
+    epochs = taken(stream_of(shards=few(texts), micro_batch=1, tasks={**PRETRAINING, "itm": TASKS["itm"](block=1)}), 40)
+    assert {epoch["caption ids"][0] for epoch in epochs} == set(map(content_id, texts))
+    for text in texts:
+        masks = {tuple(e["mlm"]) for e in epochs if e["caption ids"] == [content_id(text)]}
+        assert len(masks) > 3
+
+
+def test_a_caption_that_was_not_drawn_keeps_its_picture_from_being_a_negative(stream_of, few):
+    shared = few(*(["a plain picture", f"number {i}"] for i in range(3)))
+    rows = [row for batch in taken(stream_of(shards=shared), 8) for row in batch["itm"]]
+    assert {weight for *_, label, weight in rows if label == 0} == {0.0}
+    assert {weight for *_, label, weight in rows if label == 1} == {1.0}
+
+
+@pytest.mark.parametrize(("limit", "count"), [(0, 61), (1, 41), (2, 61)])
+def test_texts_per_image_limits_the_texts_of_a_visit(stream_of, limit, count):
+    stream = stream_of(endless=False, micro_batch=41, texts_per_image=limit)
+    assert len(names(taken(stream, None))) == count
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("micro_batch", "last"), [(4, (1, 0)), (20, (1, 0)), (3, (3, 2)), (41, (41, 0)), (50, (41, 0)), (21, (21, 20))]
+)
+def test_one_epoch_gives_every_rank_the_same_number_of_batches(stream_of, micro_batch, last, workers):
+    ranks = [
+        taken(stream_of(rank, 2, micro_batch=micro_batch, endless=False, texts_per_image=1), None, workers)
+        for rank in range(2)
+    ]
+    assert len(ranks[0]) == len(ranks[1]) == -(-41 // (2 * micro_batch))
+    assert tuple(len(rank[-1]["image ids"]) for rank in ranks) == last
+    assert names(joined(ranks)) == [content_id(f"image picture/{i}") for i in range(41)]
+
+
+def test_what_a_task_cannot_use_is_passed_over(stream_of, tmp_path, shards):
+    picture = {"png": next(iter(pictures_of(shards)))}
+    samples = [
+        ("0", {**picture, "json": json.dumps({"texts": ["a red picture"]}).encode()}),
+        ("1", {**picture, "json": json.dumps({"texts": []}).encode()}),
+        ("2", {"json": json.dumps({"texts": ["no picture"]}).encode()}),
+        ("3", {**picture, "json": json.dumps({"texts": ["a blue picture"]}).encode()}),
+    ]
+    write_shards(tmp_path, samples, 9)
+    stream = stream_of(shards=(str(tmp_path),), endless=False, micro_batch=6)
+    assert stream.num_samples == 2
+    assert names(taken(stream, None)) == [content_id("image 0"), content_id("image 3")]
+    with pytest.raises(UserError, match=r"has no sample with what vqa needs \(texts or questions\)"):
+        stream_of(shards=(str(tmp_path),), tasks={"vqa": TASKS["vqa"]()})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_cannot_be_decoded_is_skipped_and_told(stream_of, tmp_path, shards, workers):
+    pictures = list(islice(pictures_of(shards), 6))
+    pictures[2], pictures[4] = b"no picture", pictures[4][:100]
+    samples = [
+        (f"{i}", {"png": picture, "json": json.dumps({"texts": [f"number {i}"]}).encode()})
+        for i, picture in enumerate(pictures)
+    ]
+    write_shards(tmp_path, samples, 9)
+    stream = stream_of(shards=(str(tmp_path),), endless=False, micro_batch=6)
+    (loaded,) = load_batches(stream, workers)
+    assert loaded.batch.image_id.unique().numel() == 4
+    assert set(names([contents(loaded.batch)])) == {content_id(f"image {i}") for i in (0, 1, 3, 5)}
+    assert len(loaded.skipped) == 2
+    for message, key, reason in zip(loaded.skipped, "24", ("UnidentifiedImageError", "OSError"), strict=True):
+        assert f"00000.tar/{key}: " in message and reason in message
+
+
+def test_a_batch_of_broken_pictures_is_empty_but_whole(stream_of, tmp_path):
+    write_shards(tmp_path, [(f"{i}", {"png": b"x", "txt": b"some text"}) for i in range(3)], 9)
+    (loaded,) = load_batches(stream_of(shards=(str(tmp_path),), endless=False, micro_batch=3), 0)
+    assert len(loaded.skipped) == 3
+    assert loaded.batch.images.shape == (0, 3, 8, 8) and loaded.batch.pairs.shape == (0, 2)
+    assert set(loaded.batch.targets) == set(PRETRAINING)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "pipe:touch made.tar", "http://host/0.tar"])
+def test_shards_that_cannot_be_are_told_before_the_first_step(stream_of, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"data\.shards"):
+        stream_of(shards=(name,))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_questions_and_pictures_travel_with_their_answers(stream_of, shards):
+    vqa = TASKS["vqa"](answers=str(shards / "answers.json"), questions_per_image=2)
+    (loaded,) = load_batches(stream_of(endless=False, micro_batch=50, tasks={"vqa": vqa}), 0)
+    target, batch = loaded.batch.targets["vqa"], loaded.batch
+    assert len(batch.images) == 41 and len(target.rows) == 82
+    assert torch.equal(target.labels.sum(1), torch.ones(82)) and (target.kind == 0).any()
+    colour = target.labels[:, :3].argmax(1)
+    number = {content_id(f"image picture/{i}"): i for i in range(41)}
+    images = batch.pairs[target.rows[:, 0], 0]
+    for asked, image, answer in zip(target.kind.tolist(), images.tolist(), colour.tolist(), strict=True):
+        if asked == 0:
+            assert answer == number[batch.image_id[image].item()] % 3 == batch.images[image].mean((1, 2)).argmax()

@@ -1,0 +1,51 @@
+import json
+
+import pytest
+
+from dist_fusion import cli, train
+from dist_fusion.config import RECIPES
+
+
+def test_recipes_lists_every_shipped_recipe_with_what_it_is(capsys):
+    assert cli.main(["recipes"]) == train.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    assert all(len(line.split()) > 5 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "demo-teacher-pretrian"], "did you mean 'demo-teacher-pretrain'?"),
+        (["prepare", "easy-vaq", "/nowhere"], "did you mean 'easy-vqa'?"),
+        (["evaluate", "/nowhere", "--shards", "/nowhere"], "is no run"),
+        (["demo", "--size", "huge"], "it can be full, smoke"),
+    ],
+)
+def test_a_mistake_is_told_in_one_message(capsys, arguments, message):
+    assert cli.main(arguments) == train.MISTAKE
+    assert message in capsys.readouterr().err
+
+
+def test_a_finished_run_is_scored_by_kind(two_ranks, shards, tmp_path, capsys):
+    recipe = tmp_path / "vqa.yaml"
+    recipe.write_text(
+        f"""
+name: vqa
+runs: {tmp_path}
+steps: 3
+global_batch: 4
+tasks: {{vqa: {{answers: {shards}/answers.json}}}}
+model: {{width: 16, num_heads: 2, num_layers: 2, num_fusion_layers: 1, image_size: 32, patch_size: 16}}
+data: {{shards: [{shards}], dev: [{shards}], vocabulary: {shards}/vocab.txt}}
+evaluate_every: 3
+"""
+    )
+    assert two_ranks.run("run", recipe=str(recipe), overrides=[]) == [{"code": train.DONE}] * 2
+    assert cli.main(["evaluate", str(tmp_path / "vqa"), "--shards", str(shards)]) == train.DONE
+    printed = capsys.readouterr().out
+    table = json.loads((tmp_path / "vqa" / "evaluate.json").read_text())["scores"]["vqa"]
+    logged = [json.loads(line) for line in (tmp_path / "vqa" / "metrics.jsonl").read_text().splitlines()][-1]
+    for kind, score in table.items():
+        assert f"{score['percent']:6.2f}" in printed
+        assert logged[f"dev/vqa/{kind}"] == pytest.approx(score["percent"], nan_ok=True)  # on two ranks, in training
