@@ -153,7 +153,7 @@ def dump(config: Config) -> str:
     """The resolved recipe as YAML; it loads back to an equal Config."""
     tree = asdict(config)
     tree["tasks"] = {name: task for name, task in tree["tasks"].items() if task is not None}
-    return yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_plain(tree), sort_keys=False)
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from dist_fusion.batch import Sample, Text
+from dist_fusion.data.easy_vqa import prepare as prepare_easy_vqa
 from dist_fusion.data.shards import write_shards
 from dist_fusion.data.text import train_vocabulary
 from dist_fusion.types import Vocabulary
@@ -43,6 +44,14 @@ def shards(tmp_path_factory) -> Path:
     )
     texts = [*questions, *(f"a {colour} picture, number {i} is plain and" for i, colour in enumerate(COLOURS))]
     train_vocabulary([*texts, "0123456789"], 120, folder / "vocab.txt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def easy_vqa(tmp_path_factory) -> Path:
+    """The whole of easy-VQA as shards (three seconds)."""
+    folder = tmp_path_factory.mktemp("easy-vqa")
+    prepare_easy_vqa(folder)
     return folder
 
 

@@ -3,7 +3,7 @@ from itertools import product
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dist_fusion.config import RECIPES, Config, OptimizerConfig, dump, load
@@ -37,6 +37,7 @@ def test_a_shipped_recipe_loads_and_its_dump_loads_back(recipe, tmp_path):
     st.text(),
     st.lists(st.text()).map(tuple),
 )
+@example(OptimizerConfig(), 0, "\x85 a line's end in YAML, and é", ())
 def test_a_dump_keeps_any_number_and_any_string(tmp_path_factory, optimizer, seed, deepspeed, shards):
     config = load(STUDENT)
     config = replace(

@@ -22,8 +22,8 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path):
     assert len(mine) >= 5
     for command in mine:
         done = subprocess.run(
-            command, shell=True, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            timeout=300,
+            command, shell=True, cwd=tmp_path, env=environment, text=True, timeout=300,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}"
     assert (tmp_path / "runs/demo/seed-0/teacher-pretrain/evaluate.json").is_file()

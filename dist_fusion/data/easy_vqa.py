@@ -47,7 +47,7 @@ class Counts(NamedTuple):
 
 
 def prepare(folder: Path) -> dict[str, Counts]:
-    """Write `train`, `dev` and `test` shards, `answers.json` and `vocab.txt` (learned on train alone) into `folder`."""
+    """Write `train`, `dev` and `test` shards, `answers.json`, `vocab.txt` (learned on train) and `prepare.json`."""
     train, test = _by_image(get_train_questions()), _by_image(get_test_questions())
     dev = set(Random("easy-vqa dev").sample(sorted(train), DEV_IMAGES))
     splits = {
@@ -65,6 +65,8 @@ def prepare(folder: Path) -> dict[str, Counts]:
         write_shards(folder / split, _samples(split, questions, paths), SAMPLES_PER_SHARD)
         captions = sum(facts(asked).caption() is not None for asked in questions.values())
         counts[split] = Counts(len(questions), captions, sum(map(len, questions.values())))
+    written = {split: count._asdict() for split, count in counts.items()}
+    (folder / "prepare.json").write_text(json.dumps(written, indent=2) + "\n")  # last: its presence says all is there
     return counts
 
 

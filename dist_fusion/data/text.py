@@ -1,6 +1,7 @@
 """Strings to tokens: lower-casing WordPiece, as BERT and ViLT use it. Student and teacher share one tokenizer."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from dist_fusion.schema import UserError
 from dist_fusion.types import Vocabulary
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+REMEMBERED = 2**14
+"""Texts whose tokens are kept: questions repeat a lot."""
 SHIPPED = Path(__file__).parent / "vocabularies"
 
 
@@ -34,9 +37,13 @@ class Tokenizer:
         fast.enable_truncation(max_length)
         self._fast = fast
         self.entries = entries
+        self._remembered = lru_cache(maxsize=REMEMBERED)(self._encode)
 
     def __call__(self, string: str) -> Text:
         """The tokens of `string`."""
+        return self._remembered(string)
+
+    def _encode(self, string: str) -> Text:
         encoding = self._fast.encode(string)
         return Text(tuple(encoding.ids), tuple(encoding.word_ids), content_id(string))
 

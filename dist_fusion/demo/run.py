@@ -41,11 +41,10 @@ def demo(size: str, seeds: int, fresh: bool, runs: Path = Path("runs")) -> int:
     seconds = _Seconds(folder / "seconds.json")
     steps = {stage.name: SIZES[size].steps or load(stage.recipe).steps for stage in STAGES}
     _say(f"The demo lives in {folder}. Stop it whenever you like: the same command goes on from there.\n")
-    if not (folder / "shards" / "done").exists():
+    if not (folder / "shards" / "prepare.json").exists():
         with seconds.of("prepare"):
             for split, counts in easy_vqa.prepare(folder / "shards").items():
                 _say(f"  {split:<5} " + ", ".join(f"{n:,} {what}" for what, n in counts._asdict().items()))
-            (folder / "shards" / "done").touch()
     for seed in range(seeds):
         if seeds > 1:
             _say(f"\nSeed {seed}")

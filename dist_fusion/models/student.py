@@ -28,7 +28,7 @@ class Student(nn.Module):
         self.image_tower = Encoder(c.width, c.num_heads, c.num_layers, c.dropout)
         self.fusion = FUSIONS[c.fusion](c.width, c.num_heads, groups, c.num_slots, c.dropout)
         self.heads = build_heads(heads, self.fusion.feature_width, c.width)
-        initialise(self)
+        initialise(self, c.width)
 
     def forward(self, batch: Batch) -> Output:
         """Logits of every head and the taps of every site, for the P pairs of `batch`."""

@@ -23,7 +23,7 @@ class Vilt(nn.Module):
         self.encoder = Encoder(c.width, c.num_heads, c.num_layers, c.dropout)
         self.pool = nn.Linear(c.width, c.width)
         self.heads = build_heads(heads, c.width, c.width)
-        initialise(self)
+        initialise(self, c.width)
 
     def forward(self, batch: Batch) -> Output:
         """Logits of every head, and the last block's cross-modal queries and keys as taps `t2i` and `i2t`."""

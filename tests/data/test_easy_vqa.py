@@ -7,7 +7,7 @@ from easy_vqa import get_train_questions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_fusion.data.easy_vqa import COLOURS, KINDS, SHAPES, Facts, facts, kind_of, prepare
+from dist_fusion.data.easy_vqa import COLOURS, KINDS, SHAPES, Counts, Facts, facts, kind_of, prepare
 from dist_fusion.data.shards import find_shards, read_records
 from dist_fusion.data.text import Tokenizer
 
@@ -88,19 +88,13 @@ def test_the_kind_of_a_question_is_that_of_its_answer(truth):
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("easy-vqa")
-    return folder, prepare(folder)
-
-
-@pytest.fixture(scope="module")
-def records(prepared):
-    folder, _ = prepared
+def records(easy_vqa):
+    folder = easy_vqa
     return {split: list(read_records(find_shards([str(folder / split)]), order=None, buffer=0)) for split in IMAGES}
 
 
-def test_every_image_and_question_is_written(prepared, records):
-    _, counts = prepared
+def test_every_image_and_question_is_written(easy_vqa, records):
+    counts = {split: Counts(**n) for split, n in json.loads((easy_vqa / "prepare.json").read_text()).items()}
     for split in IMAGES:
         assert counts[split].images == len(records[split]) == IMAGES[split]
         assert counts[split].questions == sum(len(r.questions) for r in records[split]) == QUESTIONS[split]
@@ -125,22 +119,22 @@ def test_captions_agree_with_all_answers_of_their_image(records):
             assert question["kind"] == "yes/no" or answer in (colour, shape)
 
 
-def test_the_answers_are_all_that_are_ever_given(prepared, records):
-    tree = json.loads((prepared[0] / "answers.json").read_text())
+def test_the_answers_are_all_that_are_ever_given(easy_vqa, records):
+    tree = json.loads((easy_vqa / "answers.json").read_text())
     given_answers = {a for split in IMAGES for r in records[split] for q in r.questions for a in q["answers"]}
     assert set(tree["answers"]) == given_answers == {*COLOURS, *SHAPES, "yes", "no"}
     assert tree["answers"] == sorted(tree["answers"]) and tree["kinds"] == list(KINDS)
 
 
-def test_the_vocabulary_knows_every_word(prepared, records):
-    tokenizer = Tokenizer(str(prepared[0] / "vocab.txt"), 64)
+def test_the_vocabulary_knows_every_word(easy_vqa, records):
+    tokenizer = Tokenizer(str(easy_vqa / "vocab.txt"), 64)
     unknown = tokenizer.entries.index("[UNK]")
     questions = {q["question"] for split in IMAGES for r in records[split] for q in r.questions}
     captions = {text for split in IMAGES for r in records[split] for text in r.texts}
     assert not any(unknown in tokenizer(text).ids for text in questions | captions)
 
 
-def test_preparing_twice_gives_the_same_bytes(prepared, tmp_path):
+def test_preparing_twice_gives_the_same_bytes(easy_vqa, tmp_path):
     prepare(tmp_path)
-    for path in sorted(path for path in prepared[0].rglob("*") if path.is_file()):
-        assert path.read_bytes() == (tmp_path / path.relative_to(prepared[0])).read_bytes(), path.name
+    for path in sorted(path for path in easy_vqa.rglob("*") if path.is_file()):
+        assert path.read_bytes() == (tmp_path / path.relative_to(easy_vqa)).read_bytes(), path.name
