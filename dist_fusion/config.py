@@ -169,6 +169,14 @@ def check(config: Config) -> None:
     for key in ("steps", "global_batch", "accumulation", "save_every", "log_every"):
         if getattr(config, key) < 1:
             raise UserError(f"{key} is {getattr(config, key)}; it must be at least 1")
+    for key, value, low, high in (
+        ("optimizer.warmup", config.optimizer.warmup, 0, 1),
+        ("distill.temperature", distill.temperature, 1e-6, float("inf")),
+        ("data.texts_per_image", config.data.texts_per_image, 0, float("inf")),
+        ("tasks.mlm.probability", config.tasks.mlm.probability if config.tasks.mlm else 1, 0, 1),
+    ):
+        if not low <= value <= high:
+            raise UserError(f"{key} is {value}; it must be between {low:g} and {high:g}")
     if config.keep_checkpoints < 2:
         raise UserError("keep_checkpoints must be at least 2: one may be broken while it is written")
     folder = Path(config.name)

@@ -117,7 +117,9 @@ def _record(raw: Mapping[str, Any]) -> Record:
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"sample {key} has an unreadable .json or .txt: {error}") from None
     images = [raw[name] for name in sorted(raw) if name.rsplit(".", 1)[-1] in EXTENSIONS]
-    name = str(tree.get("image_id", tree.get("key", raw["__key__"])))
+    shard = Path(raw["__url__"])
+    place = f"{shard.parent.name}/{shard.name}/{raw['__key__']}"  # img2dataset's keys repeat from set to set
+    name = str(tree.get("image_id") or tree.get("url") or place)
     return Record(
         key=key,
         images=tuple(images),

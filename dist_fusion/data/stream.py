@@ -133,7 +133,7 @@ class Stream(IterableDataset[Loaded]):
             images=tuple(decode(image, self._image_size) for image in record.images),
             image_ids=tuple(content_id(f"image {name}") for name in record.image_ids),
             texts=tuple(map(self._tokenizer, texts)),
-            captions=frozenset(map(content_id, record.texts)),
+            captions=frozenset(map(self._tokenizer.content, record.texts)),
             questions=tuple(
                 Question(str(q["id"]), self._tokenizer(q["question"]), q["answers"], q.get("kind", ""))
                 for q in record.questions

@@ -45,12 +45,16 @@ class Tokenizer:
 
     def _encode(self, string: str) -> Text:
         encoding = self._fast.encode(string)
-        return Text(tuple(encoding.ids), tuple(encoding.word_ids), content_id(string))
+        return Text(tuple(encoding.ids), tuple(encoding.word_ids), self.content(string))
+
+    def content(self, string: str) -> int:
+        """The content id of a text: equal for texts that the model cannot tell apart (case, accents, outer space)."""
+        return content_id(self._fast.normalizer.normalize_str(string).strip())
 
 
 def content_id(string: str) -> int:
-    """A number that is equal for texts equal up to case and outer space (63 bits, the same on every machine)."""
-    return int.from_bytes(blake2b(string.strip().lower().encode(), digest_size=8).digest(), "big") >> 1
+    """A number that is equal for equal strings (63 bits, the same on every machine)."""
+    return int.from_bytes(blake2b(string.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def train_vocabulary(texts: Iterable[str], size: int, path: Path) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dist_fusion.models.layers import deviation
+
 
 def patch_stem(width: int, patch_size: int) -> nn.Module:
     """One linear projection a patch (ViT, arXiv:2010.11929)."""
@@ -22,7 +24,14 @@ def convolution_stem(width: int, patch_size: int) -> nn.Module:
         wider = max(16, width * stride // patch_size // 4 * 4)
         layers += [nn.Conv2d(channels, wider, 3, 2, 1, bias=False), nn.GroupNorm(wider, wider), nn.ReLU()]
         channels, stride = wider, 2 * stride
-    return nn.Sequential(*layers, nn.Conv2d(channels, width, 3, 2, 1))
+    return nn.Sequential(*layers, nn.Conv2d(channels, width, 3, 2, 1), CellNorm(width, eps=1e-6))
+
+
+class CellNorm(nn.LayerNorm):
+    """Layer norm over the channels of each cell of [B, C, h, w]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 STEMS: dict[str, Callable[[int, int], nn.Module]] = {"patch": patch_stem, "convolution": convolution_stem}
@@ -34,8 +43,9 @@ class ImageEmbedding(nn.Module):
     def __init__(self, width: int, image_size: int, patch_size: int, stem: str, num_slots: int, dropout: float):
         super().__init__()
         self.stem = STEMS[stem](width, patch_size)
-        self.class_token = nn.Parameter(torch.empty(width).normal_(std=0.02))
-        self.position = nn.Parameter(torch.empty((image_size // patch_size) ** 2 + 1, width).normal_(std=0.02))
+        self.class_token = nn.Parameter(torch.empty(width).normal_(std=deviation(width)))
+        self.position = nn.Parameter(torch.empty((image_size // patch_size) ** 2 + 1, width))
+        nn.init.normal_(self.position, std=deviation(width))
         self.modality = nn.Embedding(num_slots, width)
         self.dropout = nn.Dropout(dropout)
 

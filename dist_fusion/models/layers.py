@@ -121,15 +121,18 @@ class CrossLayer(nn.Module):
         return self.norms["feed"](x + self.dropout(self.feed(x))), query, key
 
 
-def initialise(module: nn.Module, width: int) -> None:
-    """Normal weights, zero biases, identity norms, for every linear layer and embedding of `module`.
+def deviation(width: int) -> float:
+    """Of initial weights: 0.02 at a width of 768 (ViLT's and BERT's rule), and with 1 / sqrt(width) at others.
 
-    The deviation is 0.02 at a width of 768 (ViLT's and BERT's rule) and goes with 1 / sqrt(width): at 0.02 a narrow
-    model starts with flat attention and needs hundreds of steps to leave it.
+    At 0.02 a narrow model starts with flat attention and needs hundreds of steps to leave it.
     """
-    deviation = 0.02 * (768 / width) ** 0.5
+    return 0.02 * (768 / width) ** 0.5
+
+
+def initialise(module: nn.Module, width: int) -> None:
+    """Normal weights, zero biases, identity norms, for every linear layer and embedding of `module`."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
-            nn.init.normal_(part.weight, std=deviation)
+            nn.init.normal_(part.weight, std=deviation(width))
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
