@@ -7,6 +7,7 @@ A checkpoint is what its manifest says is whole; a folder without one is no cand
 Resuming is for runs of one's own: DeepSpeed unpickles its shards. Weights travel as model.safetensors.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -93,8 +94,8 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def save(engine: Any, run: Path, config: Config, step: int) -> Saved:
     """Write the checkpoint of `step`: shards by all ranks, then the manifest by rank 0. Collective."""
     folder = run / "checkpoints" / f"step-{step:08d}"
-    if distributed.rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed save left
+    if distributed.rank() == 0 and folder.exists():
+        shutil.rmtree(folder)  # what a killed save left
     distributed.barrier()
     engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state={"step": step}, save_latest=False)
     torch.save(_random_state(), folder / f"rank-{distributed.rank()}.pt")
@@ -107,6 +108,7 @@ def save(engine: Any, run: Path, config: Config, step: int) -> Saved:
             "step": step,
             "world_size": distributed.world_size(),
             "model": asdict(config.model),
+            "teacher": teacher_digest(config),
             "files": files,
             "versions": versions(),
         }
@@ -120,6 +122,14 @@ def save(engine: Any, run: Path, config: Config, step: int) -> Saved:
             shutil.rmtree(old.folder)
     distributed.barrier()
     return Saved(folder, step)
+
+
+def teacher_digest(config: Config) -> str | None:
+    """SHA-256 of the teacher's weights, which are in no checkpoint; None without a teacher."""
+    if config.teacher is None:
+        return None
+    with (Path(config.teacher.folder) / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_whole(run: Path) -> list[Saved]:
@@ -158,6 +168,11 @@ def resume(engine: Any, run: Path, config: Config) -> int:
     ]
     if unlike:
         raise UserError(f"the checkpoint {found.folder} is of another architecture: {'; '.join(unlike)}")
+    if manifest["teacher"] != teacher_digest(config):
+        raise UserError(
+            f"the checkpoint {found.folder} was taught by another teacher than now lies in "
+            f"{config.teacher.folder if config.teacher else None!r}: its weights have changed since"
+        )
     if manifest["world_size"] != distributed.world_size():
         raise UserError(
             f"the checkpoint {found.folder} was saved by {manifest['world_size']} ranks and there are "

@@ -53,16 +53,16 @@ def train(config: Config, device: torch.device) -> int:
         log.info("weights from %s; new heads: %s", config.initialise_from, ", ".join(fresh) or "none")
     teacher = build_teacher(config, card, device)
     plan = Plan(config.micro_batch(world_size), distributed.rank(), world_size, config.seed)
-    size = config.model.image_size
-    Stream(config.data, tasks, tokenizer, size, plan)  # refuses bad shards before the run folder is made
+    stream = Stream(config.data, tasks, tokenizer, config.model.image_size, plan)
+    held_out = replace(config.data, shards=config.data.dev)
+    dev = Stream(held_out, tasks, tokenizer, config.model.image_size, plan, endless=False) if held_out.shards else None
     run = checkpoint.open_run(config, ds_config(config, world_size))
     (run / "logs" / f"rank-{distributed.rank()}.pid").write_text(f"{os.getpid()}\n")
 
     engine = build_engine(model.to(device), config, world_size)
     seed_everything(config.seed + 1 + distributed.rank())
     step = checkpoint.resume(engine, run, config)
-    stream = Stream(config.data, tasks, tokenizer, size, plan, start=step * config.accumulation)
-    batches = load_batches(stream, config.data.num_workers)
+    batches = load_batches(stream.starting_at(step * config.accumulation), config.data.num_workers)
     monitor, stop = Monitor(run, step, config.steps), StopRequest(run / "STOP")
     log.info(
         "%s: step %d of %d, %d samples an epoch, %d ranks", run, step, config.steps, stream.num_samples, world_size
@@ -90,9 +90,8 @@ def train(config: Config, device: torch.device) -> int:
             values |= {"optimizer/gradient_norm": float(engine.get_global_grad_norm() or 0.0)}
             monitor.scalars(step, values)
             monitor.progress(step, values)
-        if config.evaluate_every and (step % config.evaluate_every == 0 or step == config.steps):
-            held_out = Stream(replace(config.data, shards=config.data.dev), tasks, tokenizer, size, plan, endless=False)
-            scores = evaluate(engine, tasks, held_out, device)
+        if dev and config.evaluate_every and (step % config.evaluate_every == 0 or step == config.steps):
+            scores = evaluate(engine, tasks, dev, device)
             monitor.scalars(step, {f"dev/{t}/{k}": s.percent for t, kinds in scores.items() for k, s in kinds.items()})
         if stopping or step % config.save_every == 0 or step == config.steps:
             saved = checkpoint.save(engine, run, config, step)

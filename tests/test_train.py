@@ -169,6 +169,10 @@ def test_a_checkpoint_holds_no_teacher(two_ranks, recipe, tmp_path):
     assert set(state["module"]) == set(load_file(tmp_path / "small" / "model.safetensors"))
     assert not any("encoder." in name for name in state["module"])
 
+    (tmp_path / "teacher" / "model.safetensors").write_bytes(theirs[:-4] + b"abcd")
+    for reply in two_ranks.run("run", recipe=str(recipe), overrides=[*common, *taught]):
+        assert "another teacher" in reply["mistake"]
+
 
 def test_an_undecodable_image_is_reported_and_training_goes_on(two_ranks, recipe, shards, tmp_path):
     import tarfile

@@ -7,6 +7,7 @@ The state of the stream is one number, the micro-steps taken. Every rank reads e
 
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
@@ -72,6 +73,12 @@ class Stream(IterableDataset[Loaded]):
             raise UserError(
                 f"data.shards {', '.join(config.shards)} has no sample with what {asked} needs (texts or questions)"
             )
+
+    def starting_at(self, start: int) -> "Stream":
+        """The same stream from micro-step `start` on."""
+        later = copy(self)
+        later._start = start
+        return later
 
     def __iter__(self) -> Iterator[Loaded]:
         worker = get_worker_info()

@@ -88,9 +88,10 @@ def test_tars_in_the_way_img2dataset_writes_them_are_read_as_one_text(tmp_path):
         },
     )
     first, second = read(tmp_path)
-    assert (first.images, first.image_ids, first.questions) == ((b"picture 0",), ("000000000",), ())
+    assert (first.images, first.image_ids, first.questions) == ((b"picture 0",), ("http://x/y.jpg",), ())
     assert [text.strip() for text in first.texts] == ["a caption"]
-    assert (second.images, second.image_ids, second.texts) == ((b"picture 1",), ("000000001",), ("ein Käfer",))
+    assert (second.images, second.texts) == ((b"picture 1",), ("ein Käfer",))
+    assert second.image_ids == (f"{tmp_path.name}/00000.tar/000000001",)
 
 
 def test_texts_of_the_json_come_before_the_txt(tmp_path):

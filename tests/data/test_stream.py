@@ -158,7 +158,7 @@ def test_what_a_task_cannot_use_is_passed_over(stream_of, tmp_path, shards):
     write_shards(tmp_path, samples, 9)
     stream = stream_of(shards=(str(tmp_path),), endless=False, micro_batch=6)
     assert stream.num_samples == 2
-    assert names(taken(stream, None)) == [content_id("image 0"), content_id("image 3")]
+    assert names(taken(stream, None)) == [content_id(f"image {tmp_path.name}/00000.tar/{i}") for i in (0, 3)]
     with pytest.raises(UserError, match=r"has no sample with what vqa needs \(texts or questions\)"):
         stream_of(shards=(str(tmp_path),), tasks={"vqa": TASKS["vqa"]()})
 
@@ -175,7 +175,9 @@ def test_a_picture_that_cannot_be_decoded_is_skipped_and_told(stream_of, tmp_pat
     stream = stream_of(shards=(str(tmp_path),), endless=False, micro_batch=6)
     (loaded,) = load_batches(stream, workers)
     assert loaded.batch.image_id.unique().numel() == 4
-    assert set(names([contents(loaded.batch)])) == {content_id(f"image {i}") for i in (0, 1, 3, 5)}
+    assert set(names([contents(loaded.batch)])) == {
+        content_id(f"image {tmp_path.name}/00000.tar/{i}") for i in (0, 1, 3, 5)
+    }
     assert len(loaded.skipped) == 2
     for message, key, reason in zip(loaded.skipped, "24", ("UnidentifiedImageError", "OSError"), strict=True):
         assert f"00000.tar/{key}: " in message and reason in message

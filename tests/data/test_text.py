@@ -74,16 +74,19 @@ def test_the_pieces_of_a_word_share_its_number(tokenizer):
     assert set(pieces) == {0, 1}
 
 
-@pytest.mark.parametrize("string", ["A Teal Rectangle", " a teal rectangle\n", "a teal rectangle"])
-def test_equal_texts_have_equal_content_ids(string):
-    assert content_id(string) == content_id("a teal rectangle")
+@pytest.mark.parametrize("string", ["A Teal Rectangle", " a teal rectangle\n", "a téal rectangle"])
+def test_texts_that_the_model_cannot_tell_apart_have_equal_content_ids(tokenizer, string):
+    plain = tokenizer("a teal rectangle")
+    assert tokenizer(string).ids == plain.ids
+    assert tokenizer(string).content == plain.content == content_id("a teal rectangle")
+    assert tokenizer("a teal triangle").content != plain.content
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(), st.text())
-def test_a_content_id_fits_a_tensor_and_tells_texts_apart(one, other):
+def test_a_content_id_fits_a_tensor_and_tells_strings_apart(one, other):
     assert 0 <= content_id(one) < 2**63
-    assert (content_id(one) == content_id(other)) == (one.strip().lower() == other.strip().lower())
+    assert (content_id(one) == content_id(other)) == (one == other)
 
 
 def test_content_ids_never_change():
