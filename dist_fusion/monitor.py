@@ -6,6 +6,7 @@ on in the same files: what an earlier life logged after the step resumed from is
 
 import json
 import logging
+import os
 import resource
 import sys
 import time
@@ -39,9 +40,8 @@ class Monitor:
         self._active = rank() == 0
         if self._active:
             path = run / "metrics.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            path.write_text("".join(f"{line}\n" for line in kept))
+            path.touch()
+            os.truncate(path, _end_of(path, step))
             self._file = path.open("a")
             self._board = SummaryWriter(str(run / "tb"), purge_step=step + 1)
 
@@ -69,11 +69,22 @@ class Monitor:
             self._board.close()
 
 
+def _end_of(metrics: Path, step: int) -> int:
+    """Bytes of the whole lines up to `step`: a killed run leaves later ones, and may leave a torn one."""
+    end = 0
+    with metrics.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"}\n") or json.loads(line)["step"] > step:
+                break
+            end += len(line)
+    return end
+
+
 class Interval:
     """What happened since the last log line."""
 
     def __init__(self) -> None:
-        self._skipped = 0
+        self._skipped = self._without_partner = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -88,6 +99,8 @@ class Interval:
         for sample in (sample for one in loaded for sample in one.skipped):
             self._skipped += 1
             log.warning("skipped %s", sample)
+        for target in (target for one in loaded for target in one.batch.targets.values()):
+            self._without_partner += int((target.weight == 0).sum())
         self._steps += 1
         return loaded
 
@@ -99,7 +112,8 @@ class Interval:
     def read(self, global_batch: int) -> dict[str, float]:
         """Means over the interval and all ranks; begins the next interval. Collective."""
         losses = torch.stack([*self._sums.values()])
-        *sums, skipped = summed(torch.cat([losses, losses.new_tensor([self._skipped])])).tolist()
+        counts = losses.new_tensor([self._skipped, self._without_partner])
+        *sums, skipped, without_partner = summed(torch.cat([losses, counts])).tolist()
         elapsed = time.monotonic() - self._since
         values = {f"loss/{name}": value / self._steps for name, value in zip(self._sums, sums, strict=True)}
         values |= {
@@ -108,6 +122,7 @@ class Interval:
             "speed/data_wait_share": self._wait / elapsed,
             "memory/peak_gib": peak_gib(),
             "data/skipped": skipped,
+            "data/without_partner": without_partner,
         }
         self._begin()
         return values
