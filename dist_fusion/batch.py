@@ -5,6 +5,7 @@ A `Sample` is one image (or pair of images) with all its texts, as read from a s
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,7 +19,11 @@ class Text(NamedTuple):
 
     ids: tuple[int, ...]  # [CLS] ... [SEP]
     words: tuple[int | None, ...]  # which word each token is part of; None at specials
-    content: int  # equal texts, equal ids
+
+    @property
+    def content(self) -> int:
+        """Content id: equal for texts that a model cannot tell apart."""
+        return content_id(",".join(map(str, self.ids)))
 
 
 class Question(NamedTuple):
@@ -42,13 +47,24 @@ class Sample(NamedTuple):
     visit: str  # seed of everything drawn for this sample at this visit
 
 
+def content_id(string: str) -> int:
+    """A number that is equal for equal strings (63 bits, the same on every machine)."""
+    return int.from_bytes(blake2b(string.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class _Picture(NamedTuple):
+    row: int
+    slot: int
+    sample: Sample
+
+
 class PairBatch:
     """Collects images, texts and pairs of a micro-batch, each once, and what the tasks ask of them."""
 
-    def __init__(self, vocabulary: Vocabulary, image_size: int, pad_multiple: int):
+    def __init__(self, vocabulary: Vocabulary, image_size: int, max_length: int, pad_multiple: int):
         self.vocabulary = vocabulary
-        self._image_size, self._pad_multiple = image_size, pad_multiple
-        self._images: dict[tuple[int, int], tuple[int, Tensor]] = {}
+        self._image_size, self._max_length, self._pad_multiple = image_size, max_length, pad_multiple
+        self._images: dict[tuple[int, int], _Picture] = {}
         self._texts: dict[tuple[int, ...], tuple[int, Text]] = {}
         self._pairs: dict[tuple[int, int], int] = {}
         self._pair_sample: list[int] = []
@@ -58,7 +74,8 @@ class PairBatch:
 
     def image(self, sample: Sample, slot: int = 0) -> int:
         """The row of a sample's image."""
-        return self._images.setdefault((sample.position, slot), (len(self._images), sample.images[slot]))[0]
+        row = len(self._images)
+        return self._images.setdefault((sample.position, slot), _Picture(row, slot, sample)).row
 
     def text(self, text: Text) -> int:
         """The row of a text."""
@@ -77,21 +94,22 @@ class PairBatch:
         """What `task` wants to know of this batch."""
         self._targets[task] = target
 
-    def build(self, image_ids: Mapping[int, Sequence[int]]) -> Batch:
-        """The tensors; `image_ids` gives each sample's content ids by its position."""
+    def build(self) -> Batch:
+        """The tensors, texts padded to the longest, rounded up to the multiple but never beyond the longest allowed."""
         longest = max((len(text.ids) for _, text in self._texts.values()), default=1)
-        length = -(-longest // self._pad_multiple) * self._pad_multiple
+        length = max(longest, min(-(-longest // self._pad_multiple) * self._pad_multiple, self._max_length))
         ids = torch.full((len(self._texts), length), self.vocabulary.pad)
         mask = torch.zeros(len(self._texts), length, dtype=torch.bool)
         for row, text in self._texts.values():
             ids[row, : len(text.ids)] = torch.tensor(text.ids)
             mask[row, : len(text.ids)] = True
         size = self._image_size
-        pixels = [image for _, image in self._images.values()]
+        pictures = self._images.values()
+        pixels = [picture.sample.images[picture.slot] for picture in pictures]
         return Batch(
             images=torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size),
-            image_slot=integers(slot for _, slot in self._images),
-            image_id=integers(image_ids[position][slot] for position, slot in self._images),
+            image_slot=integers(picture.slot for picture in pictures),
+            image_id=integers(picture.sample.image_ids[picture.slot] for picture in pictures),
             text_ids=ids,
             text_mask=mask,
             caption_id=integers(text.content for _, text in self._texts.values()),

@@ -7,14 +7,14 @@ A checkpoint is what its manifest says is whole; a folder without one is no cand
 Resuming is for runs of one's own: DeepSpeed unpickles its shards. Weights travel as model.safetensors.
 """
 
-import hashlib
+import fcntl
 import json
 import os
 import platform
 import random
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,14 @@ from dist_fusion.schema import UserError
 
 FREE = {"runs", "save_every", "keep_checkpoints", "log_every", "evaluate_every", "data.num_workers"}
 """Keys that may change between the lives of a run."""
+SPOKEN = {
+    "world_size": "number of ranks",
+    "heads": "heads of the tasks",
+    "vocabulary": "digest of the vocabulary",
+    "teacher": "digest of the teacher's weights",
+    "samples": "samples in the shards",
+}
+"""What a manifest's keys are called in a message."""
 WHICH = ("python", "torch", "deepspeed", "webdataset", "numpy", "pillow", "tokenizers")
 
 
@@ -39,43 +47,88 @@ class Saved(NamedTuple):
     step: int
 
 
-def open_run(config: Config, ds_config: Mapping[str, Any]) -> Path:
-    """The run's folder, made if new, with the recipe and versions in it. Collective.
+@contextmanager
+def claim(config: Config, ds_config: Mapping[str, Any], identity: Mapping[str, Any]) -> Iterator[Path]:
+    """The run's folder, made if new and held by this job alone until the end. Collective.
+
+    `identity` is what else must be as it was for a checkpoint to be continued: sizes, heads, teacher, data.
 
     Raises:
-        UserError: if the name is already used by another recipe: nothing is overwritten.
+        UserError: if another job holds it, or it was made by another recipe, other files or another number of ranks;
+            then nothing in it has been touched.
     """
     run = Path(config.runs) / config.name
-    problem = None
-    if distributed.rank() == 0:
-        problem = _claim(run, config, ds_config)
-    problem = distributed.from_first(problem)
-    if problem:
-        raise UserError(problem)
-    return run
+    with ExitStack() as held:
+        problem = _claim(run, config, ds_config, identity, held) if distributed.rank() == 0 else None
+        problem = distributed.from_first(problem)
+        if problem:
+            raise UserError(problem)
+        yield run
 
 
-def _claim(run: Path, config: Config, ds_config: Mapping[str, Any]) -> str | None:
-    recipe = run / "config.yaml"
-    if recipe.exists():
-        before, now = (dict(_leaves(yaml.safe_load(text))) for text in (recipe.read_text(), dump(config)))
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FREE]
+def _claim(
+    run: Path, config: Config, ds_config: Mapping[str, Any], identity: Mapping[str, Any], held: ExitStack
+) -> str | None:
+    try:
+        changed = differences(run, config)
         if changed:
-            shown = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed[:5])
-            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             return (
-                f"the run {run} was made by another recipe: {shown}{more}. Give this one another name (name=…), "
+                f"the run {run} was made by another recipe: {_listed(changed)}. Give this one another name (name=…), "
                 "or put the old values back to continue it"
             )
-    try:
+        whole = list_whole(run)
+        if whole:
+            before = json.loads((whole[-1].folder / "manifest.json").read_text())
+            now = {"world_size": distributed.world_size(), **_as_json(identity)}
+            changed = [
+                f"{SPOKEN.get(key, key)}: {before.get(key)!s:.80} then, {value!s:.80} now"
+                for key, value in now.items()
+                if before.get(key) != value
+            ]
+            if changed:
+                return f"the checkpoint {whole[-1].folder} cannot be continued: {_listed(changed)}"
         for folder in ("checkpoints", "logs", "tb"):
             (run / folder).mkdir(parents=True, exist_ok=True)
-        recipe.write_text(dump(config))
-        (run / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
-        (run / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+        lock = held.enter_context((run / "lock").open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"the run {run} is being trained by another job at this moment; stop that one first"
+        _write(run / "config.yaml", dump(config))
+        _write(run / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+        _write(run / "versions.json", json.dumps(versions(), indent=2) + "\n")
     except OSError as error:
-        return f"the run folder {run} cannot be written: {error}"
+        return f"the run folder {run} cannot be used: {error}"
     return None
+
+
+def differences(run: Path, config: Config) -> list[str]:
+    """How the recipe that made `run` differs from `config`, but for what may change; nothing if there is no run."""
+    recipe = run / "config.yaml"
+    if not recipe.exists():
+        return []
+    before, now = (dict(_leaves(yaml.safe_load(text))) for text in (recipe.read_text(), dump(config)))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FREE]
+    return [f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys]
+
+
+def _listed(changes: Sequence[str]) -> str:
+    return "; ".join(changes[:5]) + (f" and {len(changes) - 5} more" if len(changes) > 5 else "")
+
+
+def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads(json.dumps(identity))
+    return tree
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def versions() -> dict[str, str]:
@@ -91,7 +144,7 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-def save(engine: Any, run: Path, config: Config, step: int) -> Saved:
+def save(engine: Any, run: Path, config: Config, identity: Mapping[str, Any], step: int) -> Saved:
     """Write the checkpoint of `step`: shards by all ranks, then the manifest by rank 0. Collective."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     if distributed.rank() == 0 and folder.exists():
@@ -104,32 +157,13 @@ def save(engine: Any, run: Path, config: Config, step: int) -> Saved:
         files = {
             str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
         }
-        manifest = {
-            "step": step,
-            "world_size": distributed.world_size(),
-            "model": asdict(config.model),
-            "teacher": teacher_digest(config),
-            "files": files,
-            "versions": versions(),
-        }
-        partial = folder / "manifest.json.partial"
-        with partial.open("w") as file:
-            json.dump(manifest, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / "manifest.json")
+        position = {"step": step, "world_size": distributed.world_size()}
+        manifest = {**position, **_as_json(identity), "files": files, "versions": versions()}
+        _write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         for old in list_whole(run)[: -config.keep_checkpoints]:
             shutil.rmtree(old.folder)
     distributed.barrier()
     return Saved(folder, step)
-
-
-def teacher_digest(config: Config) -> str | None:
-    """SHA-256 of the teacher's weights, which are in no checkpoint; None without a teacher."""
-    if config.teacher is None:
-        return None
-    with (Path(config.teacher.folder) / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_whole(run: Path) -> list[Saved]:
@@ -149,35 +183,12 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def resume(engine: Any, run: Path, config: Config) -> int:
-    """Load the newest whole checkpoint, chosen by rank 0 for all; returns its step, 0 if there is none. Collective.
-
-    Raises:
-        UserError: if it is of another architecture or of another number of ranks.
-    """
+def resume(engine: Any, run: Path) -> int:
+    """Load the newest whole checkpoint, chosen by rank 0 for all; returns its step, 0 if there is none. Collective."""
     whole = list_whole(run) if distributed.rank() == 0 else []
     found: Saved | None = distributed.from_first(whole[-1] if whole else None)
     if found is None:
         return 0
-    manifest = json.loads((found.folder / "manifest.json").read_text())
-    ours = asdict(config.model)
-    unlike = [
-        f"{key} {manifest['model'].get(key)} there, {ours[key]} here"
-        for key in ours
-        if manifest["model"].get(key) != ours[key]
-    ]
-    if unlike:
-        raise UserError(f"the checkpoint {found.folder} is of another architecture: {'; '.join(unlike)}")
-    if manifest["teacher"] != teacher_digest(config):
-        raise UserError(
-            f"the checkpoint {found.folder} was taught by another teacher than now lies in "
-            f"{config.teacher.folder if config.teacher else None!r}: its weights have changed since"
-        )
-    if manifest["world_size"] != distributed.world_size():
-        raise UserError(
-            f"the checkpoint {found.folder} was saved by {manifest['world_size']} ranks and there are "
-            f"{distributed.world_size()}; start as many"
-        )
     engine.load_checkpoint(str(found.folder.parent), tag=found.folder.name)
     _restore_random_state(torch.load(found.folder / f"rank-{distributed.rank()}.pt", weights_only=True))
     return found.step
@@ -188,7 +199,7 @@ def _random_state() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         "python": json.dumps(random.getstate()),
         "numpy": json.dumps([kind, [int(key) for key in keys], *rest]),
     }
@@ -196,8 +207,8 @@ def _random_state() -> dict[str, Any]:
 
 def _restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
     kind, words, gauss = json.loads(state["python"])
     random.setstate((kind, tuple(words), gauss))
     numpy_state = json.loads(state["numpy"])

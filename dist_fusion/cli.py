@@ -16,10 +16,13 @@ from dist_fusion.data import easy_vqa
 from dist_fusion.data.stream import Plan, Stream
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.demo.run import SIZES, demo
+from dist_fusion.demo.stages import Interrupted
 from dist_fusion.evaluate import evaluate
-from dist_fusion.models.weights import restore_model
+from dist_fusion.models.weights import require_same_reading, restore_model
 from dist_fusion.schema import UserError, nearest
 
+INTERRUPTED = 130
+"""What a shell reports of a command that Ctrl-C ended."""
 PREPARE: dict[str, Callable[[Path], object]] = {"easy-vqa": easy_vqa.prepare}
 """Data sets by name: what writes their shards into a folder."""
 
@@ -38,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("recipe", help="a path, or the name of a shipped recipe")
     one.add_argument("overrides", nargs="*", metavar="key=value")
     one.add_argument("--dry-run", action="store_true", help="check and show, start nothing")
+    one.add_argument("--ranks", type=int, default=1, help="with --dry-run: as if on so many ranks")
 
     one = commands.add_parser("evaluate", help="score a finished run on shards")
     one.add_argument("run", type=Path, help="its folder")
@@ -52,17 +56,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         return COMMANDS[given.command](given)
+    except KeyboardInterrupt:
+        sys.stderr.write("dist-fusion: interrupted; the same command goes on\n")
+        return INTERRUPTED
     except UserError as error:
         sys.stderr.write(f"dist-fusion: {error}\n")
         return train.MISTAKE
 
 
 def _demo(given: argparse.Namespace) -> int:
-    return demo(given.size, given.seeds, given.fresh)
+    try:
+        return demo(given.size, given.seeds, given.fresh)
+    except Interrupted as error:
+        sys.stderr.write(f"dist-fusion: {error}; the same command goes on\n")
+        return train.CONTINUE
 
 
 def _train(given: argparse.Namespace) -> int:
-    return train.main([given.recipe, *given.overrides, *(["--dry-run"] if given.dry_run else [])])
+    options = ["--dry-run", f"--ranks={given.ranks}"] if given.dry_run else []
+    return train.main([given.recipe, *given.overrides, *options])
 
 
 def _evaluate(given: argparse.Namespace) -> int:
@@ -73,17 +85,20 @@ def _evaluate(given: argparse.Namespace) -> int:
     config = load(recipe)
     card, model = restore_model(given.run, "the run to evaluate")
     data = replace(config.data, shards=tuple(given.shards))
+    tokenizer = Tokenizer(data.vocabulary, card.config.max_text_length)
+    require_same_reading(train.model_card(config, tokenizer), card, given.run, "the run to evaluate")
     tasks = config.active_tasks()
-    stream = Stream(
-        data, tasks, Tokenizer(data.vocabulary, card.config.max_text_length), card.config.image_size,
-        Plan(config.micro_batch(1), 0, 1, config.seed), endless=False,
-    )  # fmt: skip
-    scores = evaluate(model, tasks, stream, torch.device("cpu"))
+    plan = Plan(config.micro_batch(1), rank=0, world_size=1, seed=config.seed)
+    stream = Stream(data, tasks, tokenizer, card.config.image_size, plan, endless=False)
+    scores, skipped = evaluate(model, tasks, stream, torch.device("cpu"))
     table = {t: {k: {"percent": s.percent, "rows": s.rows} for k, s in kinds.items()} for t, kinds in scores.items()}
-    (given.run / "evaluate.json").write_text(json.dumps({"shards": given.shards, "scores": table}, indent=2) + "\n")
+    result = {"shards": given.shards, "scores": table, "skipped_samples": skipped}
+    (given.run / "evaluate.json").write_text(json.dumps(result, indent=2) + "\n")
     for task, kinds in scores.items():
         for kind, score in kinds.items():
             sys.stdout.write(f"{task:<8} {kind:<16} {score.percent:6.2f} % of {score.rows:,}\n")
+    if skipped:
+        sys.stdout.write(f"{skipped:,} samples could not be read and were not scored\n")
     return train.DONE
 
 

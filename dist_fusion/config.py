@@ -6,6 +6,7 @@ sections, which are checked before anything expensive starts.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,11 +14,11 @@ import yaml
 
 from dist_fusion.data.stream import DataConfig
 from dist_fusion.distill import TARGETS, DistillConfig
-from dist_fusion.models import CONTRASTIVE, MODELS
+from dist_fusion.models import CONTRASTIVE
 from dist_fusion.models.config import ModelConfig
 from dist_fusion.models.teachers import TEACHERS
 from dist_fusion.schema import UserError, build, nearest, one_of, section
-from dist_fusion.tasks import TASKS, Task
+from dist_fusion.tasks import TASKS, TEACHABLE, Task
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -64,7 +65,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     teacher: TeacherConfig | None = None
     initialise_from: str | None = None  # folder of a finished run whose weights to start from
-    deepspeed: str = "zero1-cpu"  # a file of ds_configs, or a path
+    deepspeed: str = "zero1"  # a file of ds_configs, or a path
     accumulation: int = 1  # micro-steps in an optimizer step; contrast sees global_batch / accumulation samples
     seed: int = 0
     save_every: int = 500  # steps
@@ -165,18 +166,33 @@ def _plain(value: Any) -> Any:
 def check(config: Config) -> None:
     """Rules between sections; a section checks itself. Raises UserError."""
     model, distill, tasks = config.model, config.distill, config.active_tasks()
-    assert model.kind in MODELS
-    for key in ("steps", "global_batch", "accumulation", "save_every", "log_every"):
-        if getattr(config, key) < 1:
-            raise UserError(f"{key} is {getattr(config, key)}; it must be at least 1")
     for key, value, low, high in (
+        ("steps", config.steps, 1, inf),
+        ("global_batch", config.global_batch, 1, inf),
+        ("accumulation", config.accumulation, 1, inf),
+        ("save_every", config.save_every, 1, inf),
+        ("log_every", config.log_every, 1, inf),
+        ("evaluate_every", config.evaluate_every, 0, inf),
+        ("optimizer.learning_rate", config.optimizer.learning_rate, 0, inf),
+        ("optimizer.weight_decay", config.optimizer.weight_decay, 0, inf),
+        ("optimizer.clip", config.optimizer.clip, 0, inf),
         ("optimizer.warmup", config.optimizer.warmup, 0, 1),
-        ("distill.temperature", distill.temperature, 1e-6, float("inf")),
-        ("data.texts_per_image", config.data.texts_per_image, 0, float("inf")),
+        ("model.dropout", model.dropout, 0, 0.99),
+        ("model.max_text_length", model.max_text_length, 3, inf),
+        ("distill.hard", distill.hard, 0, inf),
+        ("distill.soft", distill.soft, 0, inf),
+        ("distill.attention", distill.attention, 0, inf),
+        ("distill.temperature", distill.temperature, 1e-6, inf),
+        ("data.texts_per_image", config.data.texts_per_image, 0, inf),
+        ("data.shuffle_buffer", config.data.shuffle_buffer, 1, inf),
+        ("data.num_workers", config.data.num_workers, 0, inf),
         ("tasks.mlm.probability", config.tasks.mlm.probability if config.tasks.mlm else 1, 0, 1),
+        ("tasks.itc.dimensions", config.tasks.itc.dimensions if config.tasks.itc else 1, 1, inf),
     ):
         if not low <= value <= high:
-            raise UserError(f"{key} is {value}; it must be between {low:g} and {high:g}")
+            raise UserError(
+                f"{key} is {value}; it must be {f'at least {low:g}' if high == inf else f'{low:g} to {high:g}'}"
+            )
     if config.keep_checkpoints < 2:
         raise UserError("keep_checkpoints must be at least 2: one may be broken while it is written")
     folder = Path(config.name)
@@ -205,5 +221,5 @@ def check(config: Config) -> None:
         raise UserError(
             "a teacher is given but nothing is learned from it; set distill.targets or distill.soft, or teacher=null"
         )
-    if not distill.needs_teacher and not distill.hard:
-        raise UserError("distill.hard is 0 and there is no teacher: nothing would be learned")
+    if not distill.hard and not sites and not (distill.soft and TEACHABLE & set(tasks)):
+        raise UserError("distill.hard is 0 and the tasks have no soft labels to learn from: nothing would be learned")

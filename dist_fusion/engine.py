@@ -97,7 +97,7 @@ def ds_config(config: Config, world_size: int) -> dict[str, Any]:
                 "lr": config.optimizer.learning_rate,
                 "betas": list(config.optimizer.betas),
                 "eps": config.optimizer.epsilon,
-                "torch_adam": not on_gpu(),  # its own kernels need a build, worth it on a GPU only
+                "torch_adam": True,  # DeepSpeed's own needs a build at first use, and with it a compiler
             },
         },
         "steps_per_print": 10**9,

@@ -11,6 +11,7 @@ from torch import nn
 
 from dist_fusion import distributed
 from dist_fusion.data.stream import Loaded
+from dist_fusion.monitor import log
 from dist_fusion.tasks import Task
 from dist_fusion.types import to_device
 
@@ -30,18 +31,31 @@ class Score(NamedTuple):
         return Score(self.total + other.total, self.rows + other.rows)
 
 
-Scores = dict[str, dict[str, Score]]
-"""task -> kind -> Score"""
+class Evaluation(NamedTuple):
+    """What one pass over some shards gave."""
+
+    scores: dict[str, dict[str, Score]]  # task -> kind -> Score, without kinds that have no rows
+    skipped: int  # samples that could not be read, and so were not scored
+
+    def percents(self, where: str) -> dict[str, float]:
+        """The percentages by path, for the log."""
+        return {f"{where}/{t}/{k}": s.percent for t, kinds in self.scores.items() for k, s in kinds.items()}
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, tasks: Mapping[str, Task], batches: Iterable[Loaded], device: torch.device) -> Scores:
+def evaluate(
+    model: nn.Module, tasks: Mapping[str, Task], batches: Iterable[Loaded], device: torch.device
+) -> Evaluation:
     """The scores of `model` over one pass of `batches`, the same on every rank. Collective."""
     training = model.training
     model.eval()
     kinds = {name: task.kinds() for name, task in tasks.items()}
     sums = {name: torch.zeros(len(kinds[name]), 2, dtype=torch.float64) for name in tasks}
+    skipped = 0
     for loaded in batches:
+        for sample in loaded.skipped:
+            log.warning("not scored: %s", sample)
+            skipped += 1
         batch = to_device(loaded.batch, device)
         output = model(batch)
         for name, task in tasks.items():
@@ -50,10 +64,9 @@ def evaluate(model: nn.Module, tasks: Mapping[str, Task], batches: Iterable[Load
             counted = target.weight.double()
             sums[name].index_add_(0, target.kind.cpu(), torch.stack([score * counted, counted], 1).cpu())
     model.train(training)
-    table = distributed.summed(torch.cat(list(sums.values())).to(device)).tolist()
-    each = iter(table)
-    return {name: {kind: _score(next(each)) for kind in kinds[name]} for name in tasks}
-
-
-def _score(row: list[float]) -> Score:
-    return Score(row[0], round(row[1]))
+    told = torch.tensor([[float(skipped), 0.0]], dtype=torch.float64)
+    *table, (all_skipped, _) = distributed.summed(torch.cat([*sums.values(), told]).to(device)).tolist()
+    each = iter(Score(total, round(rows)) for total, rows in table)
+    scores = {name: {kind: next(each) for kind in kinds[name]} for name in tasks}
+    seen = {name: {kind: score for kind, score in by_kind.items() if score.rows} for name, by_kind in scores.items()}
+    return Evaluation(seen, round(all_skipped))

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ class Monitor:
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """One console line: step, losses, rate and the time left."""
         pace = (time.monotonic() - self._since) / max(step - self._first, 1)
-        left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._steps - step)))
+        left = timedelta(seconds=round(pace * (self._steps - step)))
         parts = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
         log.info(
             "step %d/%d | %s | %.0f samples/s | %s left", step, self._steps, parts, values["speed/samples_per_s"], left
@@ -85,9 +86,10 @@ class Interval:
 
     def __init__(self) -> None:
         self._skipped = self._without_partner = 0
-        self._begin()
+        self.begin()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Start anew, so that saving and evaluating count in no interval's speed."""
         self._sums: dict[str, Tensor] = {}
         self._steps, self._wait, self._since = 0, 0.0, time.monotonic()
 
@@ -110,7 +112,7 @@ class Interval:
             self._sums[name] = value.detach() + self._sums.get(name, 0.0)
 
     def read(self, global_batch: int) -> dict[str, float]:
-        """Means over the interval and all ranks; begins the next interval. Collective."""
+        """Means over the interval and all ranks. Collective."""
         losses = torch.stack([*self._sums.values()])
         counts = losses.new_tensor([self._skipped, self._without_partner])
         *sums, skipped, without_partner = summed(torch.cat([losses, counts])).tolist()
@@ -124,7 +126,6 @@ class Interval:
             "data/skipped": skipped,
             "data/without_partner": without_partner,
         }
-        self._begin()
         return values
 
 

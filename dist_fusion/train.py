@@ -12,7 +12,10 @@ import os
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,20 +23,33 @@ from torch import nn
 
 from dist_fusion import checkpoint, distributed
 from dist_fusion.config import Config, dump, load
+from dist_fusion.data.shards import find_shards
 from dist_fusion.data.stream import Plan, Stream, load_batches
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.distill import objective, row_weights
 from dist_fusion.engine import build_engine, ds_config, full_weights, start_ranks, stop_ranks
 from dist_fusion.evaluate import evaluate
 from dist_fusion.models.teachers import TEACHERS
-from dist_fusion.models.weights import ModelCard, build_model, initialise_from, save_model
+from dist_fusion.models.weights import ModelCard, build_model, initialise_from, save_model, weights_digest
 from dist_fusion.monitor import Interval, Monitor, log, start_console
 from dist_fusion.preemption import StopRequest
 from dist_fusion.schema import UserError
-from dist_fusion.tasks import TEACHABLE
+from dist_fusion.tasks import TEACHABLE, Task
 from dist_fusion.types import Batch, Output, to_device
 
 DONE, CONTINUE, MISTAKE = 0, 75, 2
+
+
+class Parts(NamedTuple):
+    """What a run is made of, checked and in memory, before anything of it is on disk."""
+
+    tasks: dict[str, Task]
+    card: ModelCard
+    model: nn.Module
+    teacher: nn.Module | None
+    stream: Stream
+    dev: Stream | None
+    identity: dict[str, object]  # what must be as it was when the run is continued
 
 
 def train(config: Config, device: torch.device) -> int:
@@ -42,7 +58,21 @@ def train(config: Config, device: torch.device) -> int:
     Raises:
         UserError: for whatever is wrong with the recipe, its files or its run, before anything is changed.
     """
-    world_size = distributed.world_size()
+    parts = prepare(config, device)
+    with checkpoint.claim(config, ds_config(config, distributed.world_size()), parts.identity) as run:
+        if distributed.from_first((run / "model.safetensors").exists()):
+            log.info("%s has ended; its model is there", run)
+            return DONE
+        stop = StopRequest(run / "STOP")
+        (run / "logs" / f"rank-{distributed.rank()}.pid").write_text(f"{os.getpid()}\n")
+        try:
+            return fit(config, parts, run, stop, device)
+        finally:
+            stop.close()
+
+
+def prepare(config: Config, device: torch.device) -> Parts:
+    """Models and data as the recipe says. Raises UserError for what is wrong with either."""
     tasks = config.active_tasks()
     tokenizer = Tokenizer(config.data.vocabulary, config.model.max_text_length)
     card = model_card(config, tokenizer)
@@ -52,61 +82,73 @@ def train(config: Config, device: torch.device) -> int:
         fresh = initialise_from(model, card, config.initialise_from, "initialise_from")
         log.info("weights from %s; new heads: %s", config.initialise_from, ", ".join(fresh) or "none")
     teacher = build_teacher(config, card, device)
-    plan = Plan(config.micro_batch(world_size), distributed.rank(), world_size, config.seed)
+    plan = Plan(config.micro_batch(distributed.world_size()), distributed.rank(), distributed.world_size(), config.seed)
     stream = Stream(config.data, tasks, tokenizer, config.model.image_size, plan)
     held_out = replace(config.data, shards=config.data.dev)
-    dev = Stream(held_out, tasks, tokenizer, config.model.image_size, plan, endless=False) if held_out.shards else None
-    run = checkpoint.open_run(config, ds_config(config, world_size))
-    (run / "logs" / f"rank-{distributed.rank()}.pid").write_text(f"{os.getpid()}\n")
+    dev = None
+    if config.evaluate_every:
+        dev = Stream(held_out, tasks, tokenizer, config.model.image_size, plan, endless=False)
+    identity = {
+        **{f"model.{key}": value for key, value in asdict(config.model).items()},
+        "heads": card.heads,
+        "vocabulary": sha256("\n".join(card.vocabulary).encode()).hexdigest(),
+        "teacher": weights_digest(config.teacher.folder) if config.teacher else None,
+        "samples": stream.num_samples,
+    }
+    return Parts(tasks, card, model, teacher, stream, dev, identity)
 
-    engine = build_engine(model.to(device), config, world_size)
+
+def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torch.device) -> int:
+    """The loop, from the newest checkpoint on; returns the exit code. Collective."""
+    ranks, tasks = distributed.world_size(), parts.tasks
+    engine = build_engine(parts.model.to(device), config, ranks)
     seed_everything(config.seed + 1 + distributed.rank())
-    step = checkpoint.resume(engine, run, config)
-    batches = load_batches(stream.starting_at(step * config.accumulation), config.data.num_workers)
-    monitor, stop = Monitor(run, step, config.steps), StopRequest(run / "STOP")
+    step = checkpoint.resume(engine, run)
+    batches = load_batches(parts.stream.starting_at(step * config.accumulation), config.data.num_workers)
+    monitor, interval = Monitor(run, step, config.steps), Interval()
     log.info(
-        "%s: step %d of %d, %d samples an epoch, %d ranks", run, step, config.steps, stream.num_samples, world_size
+        "%s: step %d of %d, %d samples an epoch, %d ranks", run, step, config.steps, parts.stream.num_samples, ranks
     )
-    interval = Interval()
 
     while step < config.steps:
         # One optimizer step. Half-gathered gradients are in no checkpoint, so nothing is saved inside.
         loaded = interval.fetch(batches, config.accumulation)
         rows = distributed.summed(row_weights([one.batch for one in loaded], tasks).to(device))
+        learning_rate = engine.optimizer.param_groups[0]["lr"]
         for one in loaded:
             batch = to_device(one.batch, device)
-            taught = teach(teacher, batch)
+            taught = teach(parts.teacher, batch)
             loss = objective(config.distill, tasks, batch, engine(batch), taught, rows)
             # DeepSpeed averages over ranks and micro-steps; the loss is a share of a sum over both.
-            engine.backward(loss.total * (world_size * config.accumulation))
+            engine.backward(loss.total * (ranks * config.accumulation))
             engine.step()
             interval.add(loss.total, loss.terms)
         step += 1
 
-        stopping = stop.anywhere(device)
-        if step % config.log_every == 0 or step == config.steps:
+        stopping, last = stop.anywhere(device), step == config.steps
+        values: dict[str, float] = {}
+        if last or step % config.log_every == 0:
             values = interval.read(config.global_batch)
-            values |= {"optimizer/learning_rate": engine.optimizer.param_groups[0]["lr"]}
-            values |= {"optimizer/gradient_norm": float(engine.get_global_grad_norm() or 0.0)}
-            monitor.scalars(step, values)
+            values["optimizer/learning_rate"] = learning_rate
+            values["optimizer/gradient_norm"] = float(engine.get_global_grad_norm() or 0.0)
             monitor.progress(step, values)
-        if dev and config.evaluate_every and (step % config.evaluate_every == 0 or step == config.steps):
-            scores = evaluate(engine, tasks, dev, device)
-            monitor.scalars(step, {f"dev/{t}/{k}": s.percent for t, kinds in scores.items() for k, s in kinds.items()})
-        if stopping or step % config.save_every == 0 or step == config.steps:
-            saved = checkpoint.save(engine, run, config, step)
-            log.info("saved %s", saved.folder)
-        if stopping and step < config.steps:
+        if stopping or last or step % config.save_every == 0:
+            log.info("saved %s", checkpoint.save(engine, run, config, parts.identity, step).folder)
+        if parts.dev and not stopping and (last or step % config.evaluate_every == 0):
+            values |= evaluate(engine, tasks, parts.dev, device).percents("dev")
+        if values:
+            monitor.scalars(step, values)
+            interval.begin()
+        if stopping and not last:
             log.info("told to stop; start the same command again to continue")
             break
 
     monitor.close()
-    stop.close()
     if step < config.steps:
         return CONTINUE
-    if distributed.rank() == 0 and not (run / "model.safetensors").exists():
-        newest = checkpoint.list_whole(run)[-1]
-        save_model(run, card, full_weights(newest.folder.parent, newest.folder.name))
+    if distributed.rank() == 0:
+        newest = checkpoint.list_whole(run)[-1].folder
+        save_model(run, parts.card, full_weights(newest.parent, newest.name))
     distributed.barrier()
     return DONE
 
@@ -141,31 +183,42 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def describe(config: Config, world_size: int) -> str:
-    """What a run would be: the resolved recipe, DeepSpeed's configuration, parameters and sizes. Raises UserError."""
+def describe(config: Config, ranks: int) -> str:
+    """What a run on so many ranks would be: recipe, DeepSpeed's configuration, parameters and sizes.
+
+    Everything that the recipe names is opened. Raises UserError for what is wrong.
+    """
     tokenizer = Tokenizer(config.data.vocabulary, config.model.max_text_length)
+    card = model_card(config, tokenizer)
     with torch.device("meta"):
-        model = build_model(model_card(config, tokenizer))
+        model = build_model(card)
+    if config.initialise_from:
+        initialise_from(build_model(card), card, config.initialise_from, "initialise_from")
+    build_teacher(config, card, torch.device("cpu"))
+    shards = find_shards(config.data.shards) + find_shards(config.data.dev)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     count = "\n".join(f"  {name:<16} {number:>12,}" for name, number in {**parts, "total": sum(parts.values())}.items())
     return (
-        f"{dump(config)}\nDeepSpeed, {world_size} ranks:\n{json.dumps(ds_config(config, world_size), indent=2)}\n\n"
-        f"Parameters:\n{count}\n\n{config.steps} steps of {config.global_batch} samples, "
-        f"{config.micro_batch(world_size)} a rank and micro-step"
+        f"{dump(config)}\nDeepSpeed, {ranks} ranks:\n{json.dumps(ds_config(config, ranks), indent=2)}\n\n"
+        f"Parameters:\n{count}\n\n{len(shards)} shards; {config.steps} steps of {config.global_batch} samples, "
+        f"{config.micro_batch(ranks)} a rank and micro-step"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: RECIPE [key=value …] [--dry-run]; returns the exit code."""
+    """The command: RECIPE [key=value …] [--dry-run [--ranks=N]]; returns the exit code."""
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
-    dry = "--dry-run" in given
-    words = [a for a in given if a != "--dry-run"]
+    options, words = ([a for a in given if a.startswith("--") == is_option] for is_option in (True, False))
+    ranks = next((a.removeprefix("--ranks=") for a in options if a.startswith("--ranks=")), "1")
     try:
-        if not words or words[0].startswith("-"):
-            raise UserError("which recipe? train RECIPE [key=value …] [--dry-run]; RECIPE is a path or a shipped name")
+        unknown = [a for a in options if a != "--dry-run" and not a.startswith("--ranks=")]
+        if not words or unknown or not ranks.isdecimal() or int(ranks) < 1:
+            raise UserError(
+                f"{' '.join(given) or 'nothing'} was given; write RECIPE [key=value …] [--dry-run [--ranks=N]]"
+            )
         config = load(words[0], words[1:])
-        if dry:
-            sys.stdout.write(describe(config, int(os.environ.get("WORLD_SIZE", "1"))) + "\n")
+        if "--dry-run" in options:
+            sys.stdout.write(describe(config, int(ranks)) + "\n")
             return DONE
         device = start_ranks()
         start_console()

@@ -56,11 +56,12 @@ class Output(NamedTuple):
 
 
 class HeadSpec(NamedTuple):
-    """The head a task needs: a kind (`models.heads.HEADS`), how many outputs, and pairs to one row."""
+    """The head a task needs: a kind (`models.heads.HEADS`), how many outputs, pairs to one row, and what they mean."""
 
     kind: str
     num_outputs: int
     num_pairs: int = 1
+    meaning: str = ""  # digest of the outputs' names in their order, where a file gives them
 
 
 class Vocabulary(NamedTuple):

@@ -1,6 +1,7 @@
 """What real ranks are asked to do in tests, each a function of JSON arguments with a JSON result."""
 
 import contextlib
+import hashlib
 import io
 import os
 import signal
@@ -27,15 +28,16 @@ CPU = torch.device("cpu")
 
 
 def losses(recipe: str, overrides: list[str], stage: int, accumulation: int, counts: list[list[int]]) -> dict:
-    """The global losses of some steps, and a digest of the weights after them, of this number of ranks.
+    """The global losses of some steps of this number of ranks, and what became of the teacher.
 
     `counts[step]` samples are dealt to micro-steps and ranks in contiguous, possibly unequal or empty shares, so that
     one process and many see the same samples in the same micro-steps.
     """
-    config = load(recipe, [*overrides, f"deepspeed=zero{stage}-cpu", f"accumulation={accumulation}"])
+    config = load(recipe, [*overrides, f"deepspeed=zero{stage}", f"accumulation={accumulation}"])
     tasks = tiny.PRETRAINING
     student = tiny.model(tiny.model_config(), tasks)
-    teacher = tiny.model(tiny.model_config("fusion-encoder"), tiny.TEACHING, seed=1).eval()
+    teacher = tiny.model(tiny.model_config("fusion-encoder", dropout=0.5), tiny.TEACHING, seed=1)
+    teacher = teacher.requires_grad_(False).eval()
     distill = DistillConfig(targets="both", soft=1.0)
     ranks, rank = distributed.world_size(), distributed.rank()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -58,7 +60,20 @@ def losses(recipe: str, overrides: list[str], stage: int, accumulation: int, cou
             engine.step()
             total += loss.total.detach()
         seen.append(distributed.summed(total).item())
-    return {"losses": seen}
+    trained = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
+    return {
+        "losses": seen,
+        "teacher": digest(teacher),
+        "teacher in training": any(module.training for module in teacher.modules()),
+        "teacher in optimizer": bool(trained & {id(p) for p in teacher.parameters()}),
+        "teacher has gradients": any(p.grad is not None for p in teacher.parameters()),
+    }
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Of all weights of a model, in order."""
+    data = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+    return hashlib.sha256(data).hexdigest()
 
 
 def contrast(sizes: list[int], captions: int) -> dict:

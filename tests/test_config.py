@@ -30,7 +30,10 @@ def test_a_shipped_recipe_loads_and_its_dump_loads_back(recipe, tmp_path):
 @given(
     st.builds(
         OptimizerConfig,
-        **{name: st.floats(allow_nan=False) for name in ("learning_rate", "epsilon", "weight_decay", "clip")},
+        **{
+            name: st.floats(0, allow_nan=False, allow_infinity=False)
+            for name in ("learning_rate", "epsilon", "weight_decay", "clip")
+        },
         warmup=st.floats(0, 1),
         betas=st.tuples(st.floats(0, 1), st.floats(0, 1)),
     ),
@@ -205,3 +208,29 @@ def test_a_micro_batch_is_an_equal_share_or_refused(global_batch, accumulation, 
 
 def test_every_key_of_a_shipped_dump_is_a_field():
     assert set(yaml.safe_load(dump(load(STUDENT)))) == {field.name for field in fields(Config)}
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.dropout=1.5", "model.max_text_length=1", "data.num_workers=-1", "tasks.itc.dimensions=0",
+     "optimizer.learning_rate=-1", "optimizer.learning_rate=.nan", "data.shuffle_buffer=-3", "evaluate_every=-5",
+     "distill.soft=-1", "distill.temperature=0", "optimizer.warmup=3", "tasks.mlm.probability=2", "steps=0"],
+)  # fmt: skip
+def test_a_number_out_of_its_range_is_refused_with_the_range(override):
+    with pytest.raises(UserError, match=rf"{override.split('=')[0]} is .*; it must be"):
+        load("demo-student-pretrain", [override])
+
+
+def test_a_convolution_stem_needs_a_patch_that_halvings_reach():
+    with pytest.raises(UserError, match="convolution stem halves"):
+        load("demo-student-pretrain", ["model.image_size=48", "model.patch_size=12"])
+
+
+def test_a_fusion_encoder_may_have_fewer_layers_than_a_bridge_would_need():
+    assert load("demo-teacher-pretrain", ["model.num_layers=2"]).model.num_layers == 2
+
+
+def test_only_contrast_without_hard_labels_or_attention_would_learn_nothing():
+    given = ["tasks.mlm=false", "tasks.itm=false", "distill.targets=none", "distill.hard=0"]
+    with pytest.raises(UserError, match="nothing would be learned"):
+        load("demo-student-pretrain", given)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests import checks
+from tests import checks, tiny
 
 UNEVEN = [[8, 4], [4, 8], [12, 0], [0, 12], [4, 4]]
 UNEVEN_AND_ACCUMULATED = [[8, 4, 4, 8], [0, 8, 12, 0], [4, 4, 0, 4]]
@@ -15,9 +15,14 @@ def test_every_zero_stage_gives_the_losses_of_one_process(two_ranks, one_rank, t
     arguments = {"recipe": str(tiny_recipe), "overrides": [], "accumulation": accumulation, "counts": counts}
     alone = one_rank.run("losses", stage=1, **arguments)[0]["losses"]
     assert alone[-1] < alone[0]
+    untouched = checks.digest(tiny.model(tiny.model_config("fusion-encoder"), tiny.TEACHING, seed=1))
     for stage in (1, 2, 3):
         for reply in two_ranks.run("losses", stage=stage, **arguments):
             assert reply["losses"] == pytest.approx(alone, rel=2e-5), f"ZeRO-{stage}"
+            assert reply["teacher"] == untouched
+            assert not reply["teacher in training"]
+            assert not reply["teacher in optimizer"]
+            assert not reply["teacher has gradients"]
 
 
 @pytest.mark.parametrize("sizes", [[4, 4], [5, 3], [7, 0]])

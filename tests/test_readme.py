@@ -26,7 +26,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path):
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}"
-    assert (tmp_path / "runs/demo/seed-0/teacher-pretrain/evaluate.json").is_file()
+    assert (tmp_path / "runs/easy-vqa/teacher-pretrain/evaluate.json").is_file()
 
 
 def test_the_make_targets_of_the_readme_exist_and_ci_calls_them():

@@ -27,6 +27,8 @@ def decode(data: bytes, size: int) -> Tensor:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.draft("RGB", (size, size))  # JPEG: decode at a fraction of the size where that is enough
             upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() clips to white
+                upright = Image.fromarray((np.asarray(upright) // 257).clip(0, 255).astype(np.uint8))
             if upright.has_transparency_data:
                 clear = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)

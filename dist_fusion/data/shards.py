@@ -102,6 +102,13 @@ def _is_cut_off(shard: Path) -> bool:
         return head[257:262] == b"ustar" and (size % 512 > 0 or any(file.read()))
 
 
+def _check(question: Mapping[str, Any]) -> None:
+    """Refuse a question that could not be asked later, in the middle of training, on one rank alone."""
+    well = isinstance(question["question"], str) and isinstance(question["answers"], dict) and "id" in question
+    if not well or not all(isinstance(score, int | float) for score in question["answers"].values()):
+        raise ValueError('a question must be {"id", "question": text, "answers": {answer: score}}')
+
+
 def _looked_at(name: str) -> bool:
     return name.rsplit(".", 1)[-1].lower() in (*EXTENSIONS, "json", "txt")
 
@@ -114,7 +121,9 @@ def _record(raw: Mapping[str, Any]) -> Record:
         if not isinstance(texts, list) or not isinstance(questions, list):
             raise ValueError("texts and questions must be lists")
         texts = [text for text in texts if text.strip()]
-    except (ValueError, AttributeError, TypeError) as error:
+        for question in questions:
+            _check(question)
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"sample {key} has an unreadable .json or .txt: {error}") from None
     images = [raw[name] for name in sorted(raw) if name.rsplit(".", 1)[-1] in EXTENSIONS]
     shard = Path(raw["__url__"])

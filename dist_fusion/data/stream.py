@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dist_fusion.batch import Lays, PairBatch, Question, Sample
+from dist_fusion.batch import Lays, PairBatch, Question, Sample, content_id
 from dist_fusion.data.images import UnreadableImage, decode
 from dist_fusion.data.shards import Record, find_shards, read_records
-from dist_fusion.data.text import Tokenizer, content_id
+from dist_fusion.data.text import Tokenizer
 from dist_fusion.schema import UserError, section
 from dist_fusion.types import Batch
 
@@ -107,10 +107,11 @@ class Stream(IterableDataset[Loaded]):
                 samples.append(self._sample(position, record))
             except UnreadableImage as error:
                 skipped.append(f"{record.key}: {error}")
-        batch = PairBatch(self._tokenizer.vocabulary, self._image_size, self._config.pad_multiple)
+        tokenizer = self._tokenizer
+        batch = PairBatch(tokenizer.vocabulary, self._image_size, tokenizer.max_length, self._config.pad_multiple)
         for task in self._tasks.values():
             task.lay(batch, samples)
-        return Loaded(batch.build({sample.position: sample.image_ids for sample in samples}), tuple(skipped))
+        return Loaded(batch.build(), tuple(skipped))
 
     def _positions(self, start: int) -> Iterator[tuple[int, Record]]:
         epoch, skip = divmod(start, self.num_samples) if self._endless else (0, start)
@@ -140,7 +141,7 @@ class Stream(IterableDataset[Loaded]):
             images=tuple(decode(image, self._image_size) for image in record.images),
             image_ids=tuple(content_id(f"image {name}") for name in record.image_ids),
             texts=tuple(map(self._tokenizer, texts)),
-            captions=frozenset(map(self._tokenizer.content, record.texts)),
+            captions=frozenset(self._tokenizer(text).content for text in record.texts),
             questions=tuple(
                 Question(str(q["id"]), self._tokenizer(q["question"]), q["answers"], q.get("kind", ""))
                 for q in record.questions

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
@@ -36,7 +35,7 @@ class Tokenizer:
         )
         fast.enable_truncation(max_length)
         self._fast = fast
-        self.entries = entries
+        self.entries, self.max_length = entries, max_length
         self._remembered = lru_cache(maxsize=REMEMBERED)(self._encode)
 
     def __call__(self, string: str) -> Text:
@@ -45,16 +44,7 @@ class Tokenizer:
 
     def _encode(self, string: str) -> Text:
         encoding = self._fast.encode(string)
-        return Text(tuple(encoding.ids), tuple(encoding.word_ids), self.content(string))
-
-    def content(self, string: str) -> int:
-        """The content id of a text: equal for texts that the model cannot tell apart (case, accents, outer space)."""
-        return content_id(self._fast.normalizer.normalize_str(string).strip())
-
-
-def content_id(string: str) -> int:
-    """A number that is equal for equal strings (63 bits, the same on every machine)."""
-    return int.from_bytes(blake2b(string.encode(), digest_size=8).digest(), "big") >> 1
+        return Text(tuple(encoding.ids), tuple(encoding.word_ids))
 
 
 def train_vocabulary(texts: Iterable[str], size: int, path: Path) -> None:

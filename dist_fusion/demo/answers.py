@@ -8,11 +8,9 @@ from pathlib import Path
 import torch
 
 from dist_fusion.data.shards import find_shards, read_records
-from dist_fusion.data.stream import DataConfig, Plan, Stream
-from dist_fusion.data.text import Tokenizer
+from dist_fusion.demo.split import TASK, read_test
 from dist_fusion.evaluate import Score, evaluate
 from dist_fusion.models.weights import restore_model
-from dist_fusion.tasks.vqa import Vqa
 
 ROWS = {"teacher": "teacher-vqa", "student": "student-vqa", "undistilled": "undistilled-vqa"}
 """Row of the table -> the run whose model answers."""
@@ -40,12 +38,8 @@ def accuracy(folder: Path, seed: int) -> Accuracy:
 
 def _model_scores(folder: Path, run: Path) -> dict[str, Score]:
     card, model = restore_model(run, "the demo's run")
-    shards = folder / "shards"
-    data = DataConfig(shards=(str(shards / "test"),), vocabulary=str(shards / "vocab.txt"), pad_multiple=1)
-    tasks = {"vqa": Vqa(answers=str(shards / "answers.json"))}
-    tokenizer = Tokenizer(data.vocabulary, card.config.max_text_length)
-    stream = Stream(data, tasks, tokenizer, card.config.image_size, Plan(50, 0, 1, 0), endless=False)
-    return evaluate(model, tasks, stream, torch.device("cpu"))["vqa"]
+    tasks, stream = read_test(folder, card)
+    return evaluate(model, tasks, stream, torch.device("cpu")).scores[TASK]
 
 
 def question_only(folder: Path) -> dict[str, Score]:

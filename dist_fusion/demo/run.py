@@ -24,7 +24,7 @@ class Size:
     full_size_images: int  # in the timing at 12 layers
 
 
-SIZES = {"full": Size(steps=None, full_size_images=4), "smoke": Size(steps=20, full_size_images=1)}
+SIZES = {"full": Size(steps=None, full_size_images=4), "smoke": Size(steps=40, full_size_images=1)}
 """`full` is the demo; `smoke` runs the same stages in a few steps each, to see that they run."""
 
 
@@ -49,7 +49,8 @@ def demo(size: str, seeds: int, fresh: bool, runs: Path = Path("runs")) -> int:
         if seeds > 1:
             _say(f"\nSeed {seed}")
         for stage in STAGES:
-            seconds.add(stage.part, run_stage(stage, folder, seed, steps[stage.name]))
+            with seconds.of(stage.part):
+                run_stage(stage, folder, seed, SIZES[size].steps)
     torch.set_num_threads(2)
     with seconds.of("answer"):
         _say("\nAnswering the test questions …")

@@ -10,13 +10,11 @@ import torch
 from torch import nn
 
 from dist_fusion.batch import PairBatch, Question, Sample, Text, answers_to
-from dist_fusion.data.stream import DataConfig, Plan, Stream
-from dist_fusion.data.text import Tokenizer
+from dist_fusion.demo.split import read_test
 from dist_fusion.models.config import ModelConfig
 from dist_fusion.models.student import Student
 from dist_fusion.models.vilt import Vilt
 from dist_fusion.models.weights import restore_model
-from dist_fusion.tasks.vqa import Vqa
 from dist_fusion.types import Batch, HeadSpec, Vocabulary
 
 REPEATS = 3
@@ -49,16 +47,11 @@ HEADER = (
 @torch.inference_mode()
 def trained(folder: Path, seed: int) -> Timing:
     """The demo's own models on the whole test split."""
-    runs, shards = folder / f"seed-{seed}", folder / "shards"
+    runs = folder / f"seed-{seed}"
     (_, teacher), (card, student) = (
         restore_model(runs / name, "the demo's run") for name in ("teacher-vqa", "student-vqa")
     )
-    data = DataConfig(shards=(str(shards / "test"),), vocabulary=str(shards / "vocab.txt"), pad_multiple=1)
-    tokenizer, tasks = (
-        Tokenizer(data.vocabulary, card.config.max_text_length),
-        {"vqa": Vqa(str(shards / "answers.json"))},
-    )
-    stream = Stream(data, tasks, tokenizer, card.config.image_size, Plan(50, 0, 1, 0), endless=False)
+    _, stream = read_test(folder, card)
     return _measure("the demo's, trained (3 layers, 96 wide)", teacher, student, [one.batch for one in stream])
 
 
@@ -70,16 +63,16 @@ def full_size(num_images: int, questions_per_image: int) -> Timing:
     teacher = Vilt(ModelConfig(kind="fusion-encoder"), heads, vocabulary.size).eval()
     student = Student(ModelConfig(), heads, vocabulary.size).eval()
     draw = Random(0)
-    batch = PairBatch(vocabulary, 224, 8)
+    batch = PairBatch(vocabulary, 224, 40, 8)
     rows = []
     for n in range(num_images):
         asked = [tuple(draw.randrange(1000, 30000) for _ in range(12)) for _ in range(questions_per_image)]
-        texts = [Text(ids, tuple(range(12)), hash(ids)) for ids in asked]
+        texts = [Text(ids, tuple(range(12))) for ids in asked]
         questions = tuple(Question(str(i), text, {}, "") for i, text in enumerate(texts))
         sample = Sample((torch.randn(3, 224, 224),), (n,), (), frozenset(), questions, n, str(n))
         rows += [batch.pair(sample, batch.image(sample), batch.text(text), attention=0.0) for text in texts]
     batch.ask("vqa", answers_to([(row,) for row in rows], 1, torch.zeros(len(rows), 3129)))
-    built = batch.build({n: (n,) for n in range(num_images)})
+    built = batch.build()
     return _measure("12 layers, 768 wide (ViT-B/32), random weights", teacher, student, [built])
 
 

@@ -36,7 +36,9 @@ class ModelConfig:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if not 1 <= self.num_fusion_layers <= self.num_layers:
+        if self.stem == "convolution" and (self.patch_size < 4 or self.patch_size & (self.patch_size - 1)):
+            raise ValueError(f"patch_size is {self.patch_size}; a convolution stem halves, so it must be 4, 8, 16, …")
+        if self.kind == "dual-encoder" and not 1 <= self.num_fusion_layers <= self.num_layers:
             raise ValueError(
                 f"num_fusion_layers is {self.num_fusion_layers}; it must be 1 to num_layers = {self.num_layers}, "
                 "since every fusion layer is fed by tower layers of its own"

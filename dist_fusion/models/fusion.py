@@ -101,7 +101,7 @@ class BridgeTower(Fusion):
     def forward(self, text: Stream, image: Stream, slot: Tensor, pairs: Tensor) -> Fused:
         image_row, text_row = pairs.unbind(1)
         text_mask, image_mask = text.mask[text_row], image.mask[image_row]
-        words = [tap[text_row] for tap in self.text.projected(text, torch.zeros_like(text_row[:1]))]
+        words = [tap[text_row] for tap in self.text.projected(text, pairs.new_zeros(1))]
         patches = [tap[image_row] for tap in self.image.projected(image, slot)]
         x, y = torch.zeros_like(words[0]), torch.zeros_like(patches[0])
         for i, (word, patch) in enumerate(zip(words, patches, strict=True)):

@@ -32,7 +32,8 @@ def load_vilt(folder: str, student: ModelCard, soft_tasks: Sequence[str]) -> nn.
     unlike = [task for task in soft_tasks if card.heads[task] != student.heads[task]]
     if unlike:
         raise UserError(
-            f"the teacher {folder!r} and the student answer {', '.join(unlike)} with different numbers of outputs"
+            f"the teacher {folder!r} and the student answer {', '.join(unlike)} with different answers or "
+            "in another order; both must be trained with the same answers file"
         )
     teacher = build_model(card._replace(heads={task: card.heads[task] for task in soft_tasks}))
     teacher.load_state_dict({k: v for k, v in weights.items() if k in teacher.state_dict()})

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -21,7 +22,7 @@ class Answers(NamedTuple):
     """The answers a head can give, in the order of its outputs, and the kinds of questions."""
 
     number: dict[str, int]
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...]  # the last is "other"
 
 
 @section
@@ -35,7 +36,9 @@ class Vqa:
     attention: float = 1.0
 
     def head(self, vocabulary: Vocabulary) -> HeadSpec:
-        return HeadSpec("classifier", len(read_answers(self.answers).number))
+        answers = list(read_answers(self.answers).number)
+        meaning = sha256(json.dumps(answers).encode()).hexdigest()[:16]
+        return HeadSpec("classifier", len(answers), meaning=meaning)
 
     def eligible(self, num_texts: int, num_questions: int) -> bool:
         return num_questions > 0
@@ -57,7 +60,7 @@ class Vqa:
                     if answer in known.number:
                         row[known.number[answer]] = score
                 scores.append(row)
-                kinds.append(known.kinds.index(question.kind) if question.kind in known.kinds else 0)
+                kinds.append(known.kinds.index(question.kind if question.kind in known.kinds else "other"))
         labels = torch.stack(scores) if scores else torch.zeros(0, len(known.number))
         batch.ask("vqa", answers_to(rows, 1, labels, kind=kinds))
 
@@ -80,7 +83,7 @@ def read_answers(path: str) -> Answers:
     """The answer list of a data set; raises UserError if the file is missing or is not one."""
     try:
         tree = json.loads(Path(path).read_text())
-        return Answers({answer: i for i, answer in enumerate(tree["answers"])}, tuple(tree["kinds"]))
+        return Answers({answer: i for i, answer in enumerate(tree["answers"])}, (*tree["kinds"], "other"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"tasks.vqa.answers is {path!r}: {type(error).__name__}: {error}; "

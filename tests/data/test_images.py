@@ -161,3 +161,9 @@ def test_no_format_but_the_three_is_opened(tmp_path, monkeypatch):
         with pytest.raises(UnreadableImage):
             decode(data, 8)
     assert not ran.exists()
+
+
+def test_sixteen_bits_a_pixel_become_eight_and_not_white():
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 30000, dtype=np.uint16)).save(buffer, "PNG")
+    assert decode(buffer.getvalue(), 4).mean().item() == pytest.approx(30000 / 65535 * 2 - 1, abs=0.01)

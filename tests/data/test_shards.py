@@ -94,6 +94,17 @@ def test_tars_in_the_way_img2dataset_writes_them_are_read_as_one_text(tmp_path):
     assert second.image_ids == (f"{tmp_path.name}/00000.tar/000000001",)
 
 
+@pytest.mark.parametrize(
+    "question",
+    [{"question": "x"}, "x", {"id": "1", "question": "x", "answers": ["yes"]},
+     {"id": "1", "question": "x", "answers": {"yes": "1"}}, {"id": "1", "question": 3, "answers": {}}],
+)  # fmt: skip
+def test_a_question_that_could_not_be_asked_is_refused_before_training(tmp_path, question):
+    write_tar(tmp_path / "0.tar", {"a.jpg": b"x", "a.json": tree_of(questions=[question])})
+    with pytest.raises(UserError, match="unreadable"):
+        read(tmp_path)
+
+
 def test_texts_of_the_json_come_before_the_txt(tmp_path):
     write_tar(tmp_path / "0.tar", {"a.jpg": b"x", "a.txt": b"old", "a.json": tree_of(texts=["one", " ", "two"])})
     assert read(tmp_path)[0].texts == ("one", "two")

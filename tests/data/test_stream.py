@@ -4,9 +4,10 @@ from itertools import islice
 import pytest
 import torch
 
+from dist_fusion.batch import content_id
 from dist_fusion.data.shards import find_shards, read_records, write_shards
 from dist_fusion.data.stream import DataConfig, Plan, Stream, load_batches
-from dist_fusion.data.text import Tokenizer, content_id
+from dist_fusion.data.text import Tokenizer
 from dist_fusion.schema import UserError
 from dist_fusion.tasks import TASKS
 
@@ -111,12 +112,13 @@ def few(tmp_path, shards):
     return write
 
 
-def test_masks_and_texts_are_drawn_anew_in_every_epoch(stream_of, few):
+def test_masks_and_texts_are_drawn_anew_in_every_epoch(stream_of, few, shards):
+    tokenizer = Tokenizer(str(shards / "vocab.txt"), 16)
     texts = [f"a {colour} picture, plain and {colour}, number {i}" for i, colour in enumerate(("red", "green", "blue"))]
     epochs = taken(stream_of(shards=few(texts), micro_batch=1, tasks={**PRETRAINING, "itm": TASKS["itm"](block=1)}), 40)
-    assert {epoch["caption ids"][0] for epoch in epochs} == set(map(content_id, texts))
+    assert {epoch["caption ids"][0] for epoch in epochs} == {tokenizer(text).content for text in texts}
     for text in texts:
-        masks = {tuple(e["mlm"]) for e in epochs if e["caption ids"] == [content_id(text)]}
+        masks = {tuple(e["mlm"]) for e in epochs if e["caption ids"] == [tokenizer(text).content]}
         assert len(masks) > 3
 
 

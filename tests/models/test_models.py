@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -5,13 +8,15 @@ from dist_fusion.distill import TARGETS, DistillConfig, objective, row_weights
 from dist_fusion.kernels import attention_kl
 from dist_fusion.models.fusion import FUSIONS
 from dist_fusion.models.mapping import MAPPINGS
-from dist_fusion.models.student import Student
+from dist_fusion.models.teachers import TEACHERS
+from dist_fusion.models.weights import initialise_from, load_model, save_model
+from dist_fusion.schema import UserError
 from tests import tiny
 
 
 @pytest.fixture
 def teacher():
-    return tiny.model(tiny.model_config("fusion-encoder"), tiny.TEACHING, seed=1).eval()
+    return tiny.model(tiny.model_config("fusion-encoder", dropout=0.5), tiny.TEACHING, seed=1).eval()
 
 
 @pytest.fixture
@@ -117,7 +122,7 @@ def test_padding_tokens_never_change_an_output(batch):
         assert wider.text_ids.shape[1] > batch.text_ids.shape[1]
         for other in (filled, wider):
             for task in tasks:
-                torch.testing.assert_close(model(other).logits[task], model(batch).logits[task], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(model(other).logits[task], model(batch).logits[task], atol=5e-5, rtol=1e-4)
 
 
 def test_the_towers_never_see_each_other(batch):
@@ -195,16 +200,67 @@ def test_a_batch_without_rows_runs_through_every_module_and_head(kind, tasks):
     assert all(parameter.grad is not None for parameter in model.heads.parameters())
 
 
-def test_the_teacher_stays_frozen_and_in_eval_mode(tmp_path):
-    from dist_fusion.models.teachers import TEACHERS
-    from dist_fusion.models.weights import save_model
-
+@pytest.fixture
+def saved_teacher(tmp_path):
     config = tiny.model_config("fusion-encoder", dropout=0.5)
     save_model(tmp_path, tiny.card(config, tiny.TEACHING), tiny.model(config, tiny.TEACHING).state_dict())
-    student = tiny.model(tiny.model_config(), tiny.PRETRAINING)
-    teacher = TEACHERS["vilt"](str(tmp_path), tiny.card(tiny.model_config(), tiny.PRETRAINING), ["mlm", "itm"])
-    student.train()
-    assert isinstance(student, Student)
+    return str(tmp_path)
+
+
+def test_a_loaded_teacher_is_frozen_and_in_eval_mode_with_the_heads_it_must_teach_with(saved_teacher):
+    student = tiny.card(tiny.model_config(), tiny.PRETRAINING)
+    teacher = TEACHERS["vilt"](saved_teacher, student, ["itm"])
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
+    assert list(teacher.heads) == ["itm"]
+
+
+def test_a_teacher_that_cannot_teach_this_student_is_refused_with_both_sides(saved_teacher):
+    def refused(message, soft=("itm",), tasks=tiny.PRETRAINING, **changes):
+        student = tiny.card(tiny.model_config(**changes), tasks)
+        with pytest.raises(UserError, match=message):
+            TEACHERS["vilt"](saved_teacher, student, list(soft))
+
+    refused("num_heads 2 and the student 4", num_heads=4)
+    refused("patch_size 8 and the student 4", patch_size=4)
+    refused(r"no head for vqa \(it has mlm, itm\)", soft=["vqa"])
+    other = tiny.card(tiny.model_config(), tiny.PRETRAINING)._replace(vocabulary=("a", "b"))
+    with pytest.raises(UserError, match="another vocabulary"):
+        TEACHERS["vilt"](saved_teacher, other, [])
+
+
+def test_answers_in_another_order_are_not_taught(tmp_path):
+    cards = []
+    for name, answers in (("one", ["yes", "no"]), ("two", ["no", "yes"])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"answers": answers, "kinds": []}))
+        task = {"vqa": tiny.TASKS["vqa"](answers=str(tmp_path / f"{name}.json"))}
+        cards.append((task, tiny.card(tiny.model_config("fusion-encoder"), task)))
+    (task, card), (_, other) = cards
+    save_model(tmp_path, card, tiny.model(card.config, task).state_dict())
+    student = other._replace(config=tiny.model_config())
+    with pytest.raises(UserError, match="another order"):
+        TEACHERS["vilt"](str(tmp_path), student, ["vqa"])
+
+
+def test_weights_of_a_run_fill_a_model_and_leave_only_heads_that_ask_something_else_new(tmp_path):
+    config = tiny.model_config()
+    before = tiny.model(config, tiny.PRETRAINING, seed=3)
+    save_model(tmp_path, tiny.card(config, tiny.PRETRAINING), before.state_dict())
+    tasks = {"itm": tiny.PRETRAINING["itm"], "itc": tiny.TASKS["itc"](dimensions=4)}
+    model = tiny.model(config, tasks, seed=4)
+    assert initialise_from(model, tiny.card(config, tasks), str(tmp_path), "initialise_from") == ["itc"]
+    filled, source = model.state_dict(), before.state_dict()
+    assert all(torch.equal(filled[name], source[name]) for name in filled if not name.startswith("heads.itc"))
+    for changes in ({"num_layers": 4}, {"width": 32}, {"fusion": "shallow"}):
+        other = tiny.model_config(**changes)
+        with pytest.raises(UserError, match="another architecture than `model`"):
+            initialise_from(tiny.model(other, tasks), tiny.card(other, tasks), str(tmp_path), "initialise_from")
+
+
+@pytest.mark.parametrize(
+    "broken", ["{", "{}", '{"config": {}, "heads": {}, "vocabulary": ["a"]}', '{"config": {"x": 1}}']
+)
+def test_a_broken_or_foreign_model_folder_is_refused_in_one_message(saved_teacher, broken):
+    (Path(saved_teacher) / "model.json").write_text(broken)
+    with pytest.raises(UserError, match=r"teacher\.folder|unknown key"):
+        load_model(saved_teacher, "teacher.folder")

@@ -71,9 +71,9 @@ def test_a_right_answer_lowers_the_loss_as_much_by_caption_as_by_image():
 
 def test_every_text_is_asked_for_with_its_own_image(vocabulary, make_sample):
     samples = [make_sample(0, [(1,), (2,)], image=30), make_sample(1, [(1,)], image=31), make_sample(2, image=32)]
-    batch = PairBatch(vocabulary, 4, 1)
+    batch = PairBatch(vocabulary, 4, 40, 1)
     ITC.lay(batch, samples)
-    made = batch.build({sample.position: sample.image_ids for sample in samples})
+    made = batch.build()
     target = made.targets["itc"]
     images, texts = target.rows.unbind(1)
     assert torch.equal(target.labels, torch.stack([made.image_id[images], made.caption_id[texts]], 1))
@@ -83,8 +83,8 @@ def test_every_text_is_asked_for_with_its_own_image(vocabulary, make_sample):
 
 
 def test_a_batch_without_texts_still_answers_with_no_rows(vocabulary):
-    batch = PairBatch(vocabulary, 4, 1)
+    batch = PairBatch(vocabulary, 4, 40, 1)
     ITC.lay(batch, [])
-    target = batch.build({}).targets["itc"]
+    target = batch.build().targets["itc"]
     assert target.rows.shape == target.labels.shape == (0, 2)
     assert ITC.hard_loss(torch.zeros(0, 2, 0), target).shape == (0,)

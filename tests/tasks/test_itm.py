@@ -22,10 +22,10 @@ SAMPLES = st.lists(
 
 def shown(task, samples, vocabulary):
     """One (position of the image's sample, text, label, weight) a row; images are told apart by pixels."""
-    batch = PairBatch(vocabulary, 4, 1)
+    batch = PairBatch(vocabulary, 4, 40, 1)
     marked = [s._replace(images=(torch.full((3, 4, 4), float(s.position)),)) for s in samples]
     task.lay(batch, marked)
-    made = batch.build({sample.position: sample.image_ids for sample in samples})
+    made = batch.build()
     target = made.targets["itm"]
     image, text = made.pairs[target.rows[:, 0]].unbind(1)
     words = [tuple(made.text_ids[t][made.text_mask[t]].tolist()) for t in text]

@@ -19,9 +19,9 @@ def answers(tmp_path_factory):
 
 
 def laid(task, samples, vocabulary):
-    batch = PairBatch(vocabulary, 4, 1)
+    batch = PairBatch(vocabulary, 4, 40, 1)
     task.lay(batch, samples)
-    return batch.build({sample.position: sample.image_ids for sample in samples})
+    return batch.build()
 
 
 def question(number, answers, kind="colour"):
@@ -38,7 +38,7 @@ def test_answers_become_scores_and_one_outside_the_list_scores_nothing(vocabular
     target = made.targets["vqa"]
     expected = [[0, 1, 0], [0.9, 0, 0.3], [0, 0, 0]]
     torch.testing.assert_close(target.labels, torch.tensor(expected, dtype=torch.float32))
-    assert target.kind.tolist() == [0, 1, 0]
+    assert target.kind.tolist() == [0, 1, 2]  # the last is "other"
     assert target.weight.tolist() == [1, 1, 1]
 
 
@@ -111,7 +111,7 @@ def test_the_soft_loss_is_lowest_where_the_student_is_the_teacher():
 def test_the_head_has_one_output_an_answer(vocabulary, answers):
     task = TASKS["vqa"](answers=answers)
     assert task.head(vocabulary).num_outputs == 3
-    assert task.kinds() == ("colour", "yes/no")
+    assert task.kinds() == ("colour", "yes/no", "other")
 
 
 @pytest.mark.parametrize(
