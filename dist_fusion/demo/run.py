@@ -24,7 +24,7 @@ class Size:
     full_size_images: int  # in the timing at 12 layers
 
 
-SIZES = {"full": Size(steps=None, full_size_images=4), "smoke": Size(steps=40, full_size_images=1)}
+SIZES = {"full": Size(steps=None, full_size_images=2), "smoke": Size(steps=40, full_size_images=1)}
 """`full` is the demo; `smoke` runs the same stages in a few steps each, to see that they run."""
 
 

@@ -107,7 +107,13 @@ def _watch(command: Sequence[str], name: str, run: Path, steps: int, stop_at: in
     run.mkdir(parents=True, exist_ok=True)
     with (
         (run.parent / f"{name}.log").open("a") as output,
-        tqdm(total=steps, initial=_step(run), desc=f"{name:<20}", unit="step", mininterval=1.0) as bar,
+        tqdm(
+            total=steps,
+            initial=_step(run),
+            desc=f"{name:<20}",
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        ) as bar,
     ):
         bar.set_postfix_str("starting two ranks")
         process = subprocess.Popen(
