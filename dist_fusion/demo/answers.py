@@ -94,8 +94,7 @@ def as_markdown(results: Mapping[str, object]) -> str:
         "",
     ]
     gains = [t["student"]["open"] - t["undistilled"]["open"] for t in seeds]
-    kept = [100 * t["student"]["all"] / t["teacher"]["all"] for t in seeds]
-    kept_open = [100 * t["student"]["open"] / t["teacher"]["open"] for t in seeds]
+    kept, kept_open = ([_share(t["student"][of], t["teacher"][of]) for t in seeds] for of in ("all", "open"))
     lines += [
         f"- Distillation adds {_listed(gains)} points on open questions (same data, same budget, same start).",
         f"- The student keeps {_listed(kept)} % of the teacher's accuracy ({_listed(kept_open)} % on open questions).",
@@ -108,6 +107,11 @@ def as_markdown(results: Mapping[str, object]) -> str:
     lines += ["", "## Seconds by part", "", "| part | s |", "|---|---|"]
     lines += [f"| {part} | {value:.0f} |" for part, value in seconds.items()]
     return "\n".join(lines) + "\n"
+
+
+def _share(part: float, whole: float) -> float:
+    """In percent; nan of nothing (a teacher of a few steps may know no answer)."""
+    return 100 * part / whole if whole else float("nan")
 
 
 def _listed(values: Sequence[float]) -> str:

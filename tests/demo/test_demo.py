@@ -60,6 +60,13 @@ def test_a_finished_demo_shows_its_table_and_trains_nothing(tmp_path, capsys):
     assert json.loads((tmp_path / "demo" / "results.json").read_text()) == results
 
 
+def test_a_teacher_that_knows_nothing_still_gives_a_table():
+    row = dict.fromkeys(answers.COLUMNS, 0.0)
+    table = dict.fromkeys((*answers.ROWS, "question_only"), row)
+    shown = answers.as_markdown({"accuracy": table, "by_seed": [table], "timing_lines": [], "seconds": {}})
+    assert "keeps nan %" in shown
+
+
 def test_the_mean_of_seeds_is_taken_cell_by_cell():
     one, two = ({row: {"open": x} for row in answers.ROWS} for x in (10.0, 20.0))
     assert answers.mean([one, two])["student"] == {"open": 15.0}
