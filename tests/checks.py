@@ -106,7 +106,7 @@ def scores(count: int, micro_batch: int) -> dict:
         mine = range(begin + rank * micro_batch, min(begin + (rank + 1) * micro_batch, count, begin + step))
         dealt = [sample for position in mine for sample in tiny.samples(1, start=position)]
         batches.append(Loaded(tiny.batch(tiny.PRETRAINING | {"itm": tiny.TASKS["itm"](block=1)}, dealt), ()))
-    table = evaluate(student, {"mlm": tiny.PRETRAINING["mlm"]}, batches, CPU)
+    table = evaluate(student, {"mlm": tiny.PRETRAINING["mlm"]}, batches, CPU).scores
     return {kind: list(score) for kind, score in table["mlm"].items()}
 
 
