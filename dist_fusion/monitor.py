@@ -89,7 +89,7 @@ class Interval:
         self.begin()
 
     def begin(self) -> None:
-        """Start anew, so that saving and evaluating count in no interval's speed."""
+        """Start anew, after what was logged is saved and evaluated: neither counts in the next interval's speed."""
         self._sums: dict[str, Tensor] = {}
         self._steps, self._wait, self._since = 0, 0.0, time.monotonic()
 

@@ -6,12 +6,13 @@ back in the order of the ranks. Starting two ranks costs seconds, so all checks 
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+from dist_fusion.engine import free_port, start_ranks, stop_ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,9 +21,7 @@ class Ranks:
     """`size` processes that run checks."""
 
     def __init__(self, size: int, log: Path):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         shared = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self._log = log
         self._processes = [
@@ -62,7 +61,6 @@ def serve() -> None:
     """The life of one rank: read a check, run it, reply."""
     import torch
 
-    from dist_fusion.engine import start_ranks, stop_ranks
     from tests.checks import CHECKS
 
     torch.set_num_threads(1)
