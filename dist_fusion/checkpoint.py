@@ -33,7 +33,7 @@ SPOKEN = {
     "world_size": "number of ranks",
     "heads": "heads of the tasks",
     "vocabulary": "digest of the vocabulary",
-    "teacher": "digest of the teacher's weights",
+    "teachers": "digest of the teachers' weights",
     "samples": "samples in the shards",
 }
 """What a manifest's keys are called in a message."""

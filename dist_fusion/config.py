@@ -6,9 +6,10 @@ sections, which are checked before anything expensive starts.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
+from itertools import pairwise
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -16,8 +17,9 @@ from dist_fusion.data.stream import DataConfig
 from dist_fusion.distill import TARGETS, DistillConfig
 from dist_fusion.models import CONTRASTIVE
 from dist_fusion.models.config import ModelConfig
-from dist_fusion.models.teachers import TEACHERS
-from dist_fusion.schema import UserError, build, nearest, one_of, section
+from dist_fusion.models.initial import Towers
+from dist_fusion.models.teachers import TeacherConfig
+from dist_fusion.schema import UserError, build, nearest, section
 from dist_fusion.tasks import TASKS, TEACHABLE, Task
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -26,15 +28,6 @@ if TYPE_CHECKING:
     Tasks = Any
 else:
     Tasks = section(make_dataclass("Tasks", [(name, kind | None, None) for name, kind in TASKS.items()], frozen=True))
-
-
-@section
-@dataclass(frozen=True)
-class TeacherConfig:
-    """Who teaches."""
-
-    folder: str  # a run that has ended
-    kind: Annotated[str, one_of(TEACHERS)] = "vilt"
 
 
 @section
@@ -63,8 +56,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    teacher: TeacherConfig | None = None
-    initialise_from: str | None = None  # folder of a finished run whose weights to start from
+    teachers: tuple[TeacherConfig, ...] = ()
+    initialise_from: str | Towers | None = None  # a run, a ViLT, or a BERT and a ViT, whose weights to start from
     deepspeed: str = "zero1"  # a file of ds_configs, or a path
     accumulation: int = 1  # micro-steps in an optimizer step; contrast sees global_batch / accumulation samples
     seed: int = 0
@@ -77,6 +70,14 @@ class Config:
     def active_tasks(self) -> dict[str, Task]:
         """The recipe's tasks by name, in the order of TASKS."""
         return {name: task for name in TASKS if (task := getattr(self.tasks, name)) is not None}
+
+    def soft_tasks(self, teacher: TeacherConfig) -> tuple[str, ...]:
+        """The tasks whose soft labels one of the teachers gives."""
+        if not self.distill.soft:
+            return ()
+        return tuple(
+            task for task in self.active_tasks() if task in TEACHABLE and (not teacher.tasks or task in teacher.tasks)
+        )
 
     def micro_batch(self, world_size: int) -> int:
         """Samples of one rank in one forward; raises UserError if the global batch does not divide."""
@@ -138,16 +139,30 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"{override!r} is no override; write key.sub=value")
-    *path, leaf = key.split(".")
-    node = tree
-    for part in path:
-        if not isinstance(node.get(part), dict):
-            node[part] = {}
-        node = node[part]
     try:
-        node[leaf] = yaml.safe_load(value)
+        parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"the value of {override!r} is not YAML: {error}") from None
+    parts = key.split(".")
+    node: Any = tree
+    for part, after in pairwise(parts):
+        place = _place(node, part, override)
+        if not isinstance(node[place], dict | list):
+            node[place] = [] if after.isdecimal() else {}
+        node = node[place]
+    node[_place(node, parts[-1], override)] = parsed
+
+
+def _place(node: dict[str, Any] | list[Any], part: str, override: str) -> str | int:
+    """Where `part` of a dotted key leads in `node`: made if it is a mapping, or the next place of a list."""
+    if isinstance(node, dict):
+        node.setdefault(part, None)
+        return part
+    if not part.isdecimal() or int(part) > len(node):
+        raise UserError(f"{override!r} counts from 0 to {len(node)} where it says {part!r}")
+    if int(part) == len(node):
+        node.append(None)
+    return int(part)
 
 
 def dump(config: Config) -> str:
@@ -212,14 +227,19 @@ def check(config: Config) -> None:
             f"distill.targets is {distill.targets!r}, but model.fusion {model.fusion!r} has no attention of its own; "
             "use a bridge, or distill.targets=towers"
         )
-    if distill.needs_teacher and config.teacher is None:
+    if distill.needs_teacher and not config.teachers:
         raise UserError(
-            f"distill.targets={distill.targets} and distill.soft={distill.soft} need a teacher; set teacher.folder, or "
+            f"distill.targets={distill.targets} and distill.soft={distill.soft} need a teacher; set teachers, or "
             "distill.targets=none distill.soft=0"
         )
-    if config.teacher is not None and not distill.needs_teacher:
+    if config.teachers and not distill.needs_teacher:
         raise UserError(
-            "a teacher is given but nothing is learned from it; set distill.targets or distill.soft, or teacher=null"
+            "a teacher is given but nothing is learned from it; set distill.targets or distill.soft, or teachers=[]"
         )
-    if not distill.hard and not sites and not (distill.soft and TEACHABLE & set(tasks)):
+    for number, teacher in enumerate(config.teachers):
+        for task in teacher.tasks or ():
+            if task not in TEACHABLE or task not in tasks:
+                can = ", ".join(name for name in tasks if name in TEACHABLE) or "none"
+                raise UserError(f"teachers.{number}.tasks names {task!r}, which it cannot teach here; it can be {can}")
+    if not distill.hard and not sites and not any(map(config.soft_tasks, config.teachers)):
         raise UserError("distill.hard is 0 and the tasks have no soft labels to learn from: nothing would be learned")

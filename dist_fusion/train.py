@@ -29,13 +29,16 @@ from dist_fusion.data.text import Tokenizer
 from dist_fusion.distill import objective, row_weights
 from dist_fusion.engine import build_engine, ds_config, full_weights, start_ranks, stop_ranks
 from dist_fusion.evaluate import evaluate
-from dist_fusion.models.teachers import TEACHERS
-from dist_fusion.models.weights import ModelCard, build_model, initialise_from, save_model, weights_digest
+from dist_fusion.models.initial import initialise_from
+from dist_fusion.models.sources import source_digest
+from dist_fusion.models.teachers import Teacher, build_teacher, teach
+from dist_fusion.models.weights import ModelCard, build_model, save_model
 from dist_fusion.monitor import Interval, Monitor, log, start_console
 from dist_fusion.preemption import StopRequest
 from dist_fusion.schema import UserError
-from dist_fusion.tasks import TEACHABLE, Task
-from dist_fusion.types import Batch, Output, to_device
+from dist_fusion.tasks import Task
+from dist_fusion.tasks.vqa import read_answers
+from dist_fusion.types import meaning_of, to_device
 
 DONE, CONTINUE, MISTAKE = 0, 75, 2
 
@@ -46,7 +49,7 @@ class Parts(NamedTuple):
     tasks: dict[str, Task]
     card: ModelCard
     model: nn.Module
-    teacher: nn.Module | None
+    teachers: tuple[Teacher, ...]
     stream: Stream
     dev: Stream | None
     identity: dict[str, object]  # what must be as it was when the run is continued
@@ -81,7 +84,7 @@ def prepare(config: Config, device: torch.device) -> Parts:
     if config.initialise_from:
         fresh = initialise_from(model, card, config.initialise_from, "initialise_from")
         log.info("weights from %s; new heads: %s", config.initialise_from, ", ".join(fresh) or "none")
-    teacher = build_teacher(config, card, device)
+    teachers = build_teachers(config, card, device)
     plan = Plan(config.micro_batch(distributed.world_size()), distributed.rank(), distributed.world_size(), config.seed)
     stream = Stream(config.data, tasks, tokenizer, config.model.image_size, plan)
     held_out = replace(config.data, shards=config.data.dev)
@@ -92,10 +95,10 @@ def prepare(config: Config, device: torch.device) -> Parts:
         **{f"model.{key}": value for key, value in asdict(config.model).items()},
         "heads": card.heads,
         "vocabulary": sha256("\n".join(card.vocabulary).encode()).hexdigest(),
-        "teacher": weights_digest(config.teacher.folder) if config.teacher else None,
+        "teachers": [source_digest(teacher.source, "teachers") for teacher in config.teachers],
         "samples": stream.num_samples,
     }
-    return Parts(tasks, card, model, teacher, stream, dev, identity)
+    return Parts(tasks, card, model, teachers, stream, dev, identity)
 
 
 def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torch.device) -> int:
@@ -117,8 +120,8 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torc
         learning_rate = engine.optimizer.param_groups[0]["lr"]
         for one in loaded:
             batch = to_device(one.batch, device)
-            taught = teach(parts.teacher, batch)
-            loss = objective(config.distill, tasks, batch, engine(batch), taught, rows)
+            lessons = teach(parts.teachers, batch)
+            loss = objective(config.distill, tasks, batch, engine(batch), lessons, rows)
             # DeepSpeed averages over ranks and micro-steps; the loss is a share of a sum over both.
             engine.backward(loss.total * (ranks * config.accumulation))
             engine.step()
@@ -159,21 +162,15 @@ def model_card(config: Config, tokenizer: Tokenizer) -> ModelCard:
     return ModelCard(config.model, heads, tuple(tokenizer.entries))
 
 
-def build_teacher(config: Config, card: ModelCard, device: torch.device) -> nn.Module | None:
-    """The recipe's frozen teacher, outside of DeepSpeed: never in an optimizer, never in a checkpoint."""
-    if config.teacher is None:
-        return None
-    soft = [task for task in card.heads if task in TEACHABLE] if config.distill.soft else []
-    return TEACHERS[config.teacher.kind](config.teacher.folder, card, soft).to(device)
-
-
-def teach(teacher: nn.Module | None, batch: Batch) -> Output | None:
-    """What the teacher says of the batch, without gradient."""
-    if teacher is None:
-        return None
-    with torch.no_grad():
-        taught: Output = teacher(batch)
-    return taught
+def build_teachers(config: Config, card: ModelCard, device: torch.device) -> tuple[Teacher, ...]:
+    """The recipe's frozen teachers, outside of DeepSpeed: never in an optimizer, never in a checkpoint."""
+    return tuple(
+        build_teacher(
+            one, card, config.soft_tasks(one), meaning_of([*read_answers(one.answers).number]) if one.answers else "",
+            device, f"teachers.{number}",
+        )
+        for number, one in enumerate(config.teachers)
+    )  # fmt: skip
 
 
 def seed_everything(seed: int) -> None:
@@ -194,7 +191,7 @@ def describe(config: Config, ranks: int) -> str:
         model = build_model(card)
     if config.initialise_from:
         initialise_from(build_model(card), card, config.initialise_from, "initialise_from")
-    build_teacher(config, card, torch.device("cpu"))
+    build_teachers(config, card, torch.device("cpu"))
     shards = find_shards(config.data.shards) + find_shards(config.data.dev)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     count = "\n".join(f"  {name:<16} {number:>12,}" for name, number in {**parts, "total": sum(parts.values())}.items())

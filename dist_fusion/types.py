@@ -6,6 +6,9 @@ Shape letters, everywhere in this package:
     L text tokens    N image tokens    M query tokens    H heads    K head width    D model width    C classes
 """
 
+import json
+from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +65,11 @@ class HeadSpec(NamedTuple):
     num_outputs: int
     num_pairs: int = 1
     meaning: str = ""  # digest of the outputs' names in their order, where a file gives them
+
+
+def meaning_of(names: Sequence[str]) -> str:
+    """Digest of the outputs of a head by name, in their order: what `HeadSpec.meaning` holds."""
+    return sha256(json.dumps(list(names)).encode()).hexdigest()[:16]
 
 
 class Vocabulary(NamedTuple):

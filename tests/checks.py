@@ -53,9 +53,7 @@ def losses(recipe: str, overrides: list[str], stage: int, accumulation: int, cou
         rows = distributed.summed(row_weights(mine, tasks))
         total = torch.zeros(())
         for batch in mine:
-            with torch.no_grad():
-                taught = teacher(batch)
-            loss = objective(distill, tasks, batch, engine(batch), taught, rows)
+            loss = objective(distill, tasks, batch, engine(batch), tiny.lessons(teacher, batch), rows)
             engine.backward(loss.total * (ranks * accumulation))
             engine.step()
             total += loss.total.detach()

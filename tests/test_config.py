@@ -15,7 +15,7 @@ from dist_fusion.tasks import TASKS
 STUDENT, TEACHER = "demo-student-pretrain", "demo-teacher-pretrain"
 SHIPPED = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
 SMALL = "name: small\nsteps: 3\nglobal_batch: 4\n"
-NO_TEACHER = ["teacher=null", "distill.targets=none", "distill.soft=0"]
+NO_TEACHER = ["teachers=[]", "distill.targets=none", "distill.soft=0"]
 
 
 @pytest.mark.parametrize("recipe", SHIPPED)
@@ -61,7 +61,7 @@ def test_a_dump_keeps_any_number_and_any_string(tmp_path_factory, optimizer, see
         (["model.fuson=virt"], "unknown key 'model.fuson'; did you mean 'fusion'?"),
         (["tasks.itm.blok=3"], "unknown key 'tasks.itm.blok'; did you mean 'block'?"),
         (["tasks.imt.block=3"], "unknown key 'tasks.imt'; did you mean 'itm'?"),
-        (["teacher.floder=x"], "unknown key 'teacher.floder'; did you mean 'folder'?"),
+        (["teachers.0.sorce=x"], "unknown key 'teachers.0.sorce'; did you mean 'source'?"),
         (["model.fusion=bridge"], f"model.fusion is 'bridge': it can be {', '.join(FUSIONS)}"),
         (["model.mapping=all"], "model.mapping is 'all': it can be top, cross-layer, cumulative"),
         (["model.kind=dual"], "model.kind is 'dual': Input should be 'dual-encoder' or 'fusion-encoder'"),
@@ -72,7 +72,11 @@ def test_a_dump_keeps_any_number_and_any_string(tmp_path_factory, optimizer, see
         (["optimizer.betas=[0.9]"], "optimizer.betas.1 is missing"),
         (["tasks.itm=[1]"], "tasks.itm is [1]"),
         (["tasks.itm=7"], "tasks.itm is 7"),
-        (["teacher={}"], "teacher.folder is missing"),
+        (["teachers=[{}]"], "teachers.0.source is missing"),
+        (["teachers.2.source=x"], "'teachers.2.source=x' counts from 0 to 1 where it says '2'"),
+        (["teachers.0.weight=0"], "weight is 0"),
+        (["teachers.0.tasks=[itc]"], "teachers.0.tasks names 'itc', which it cannot teach here; it can be mlm, itm"),
+        (["teachers.0.precision=fp8"], "it can be auto, fp32, bf16, fp16"),
         (["steps"], "'steps' is no override; write key.sub=value"),
         (["steps=[1"], "the value of 'steps=[1' is not YAML"),
         (["steps=0"], "steps is 0; it must be at least 1"),
@@ -91,7 +95,7 @@ def test_a_dump_keeps_any_number_and_any_string(tmp_path_factory, optimizer, see
         (["data.dev=[]"], "evaluate_every is set but data.dev names no shards"),
         (["tasks={}"], "tasks is empty; name at least one of mlm, itm, itc, vqa"),
         (["model.fusion=shallow"], "distill.targets=towers"),
-        (["teacher=null"], "need a teacher; set teacher.folder, or distill.targets=none distill.soft=0"),
+        (["teachers=[]"], "need a teacher; set teachers, or distill.targets=none distill.soft=0"),
         (["distill.targets=none", "distill.soft=0"], "a teacher is given but nothing is learned from it"),
         (["distill.attention=0", "distill.soft=0"], "a teacher is given but nothing is learned from it"),
         ([*NO_TEACHER, "distill.hard=0"], "nothing would be learned"),
@@ -170,9 +174,9 @@ def test_a_bridge_is_matched_only_where_there_is_one(fusion, targets):
 
 @pytest.mark.parametrize("targets", TARGETS)
 def test_a_fusion_encoder_has_no_targets(targets):
-    overrides = ["teacher.folder=x", "distill.soft=1", f"distill.targets={targets}"]
+    overrides = ["teachers.0.source=x", "distill.soft=1", f"distill.targets={targets}"]
     if targets == "none":
-        assert load(TEACHER, overrides).teacher is not None
+        assert load(TEACHER, overrides).teachers
         return
     with pytest.raises(UserError, match=r"distill\.targets must be none for a fusion-encoder"):
         load(TEACHER, overrides)

@@ -161,7 +161,7 @@ def test_a_checkpoint_holds_no_teacher(two_ranks, recipe, tmp_path):
     common = [f"runs={tmp_path}", "steps=2"]
     teacher = ["name=teacher", "tasks.itc=false", "model.kind=fusion-encoder"]
     assert two_ranks.run("run", recipe=str(recipe), overrides=[*common, *teacher]) == [{"code": train.DONE}] * 2
-    taught = [f"teacher.folder={tmp_path}/teacher", "distill.targets=both", "distill.soft=1"]
+    taught = [f"teachers.0.source={tmp_path}/teacher", "distill.targets=both", "distill.soft=1"]
     theirs = (tmp_path / "teacher" / "model.safetensors").read_bytes()
     assert two_ranks.run("run", recipe=str(recipe), overrides=[*common, *taught]) == [{"code": train.DONE}] * 2
     assert (tmp_path / "teacher" / "model.safetensors").read_bytes() == theirs
@@ -173,7 +173,7 @@ def test_a_checkpoint_holds_no_teacher(two_ranks, recipe, tmp_path):
 
     (tmp_path / "teacher" / "model.safetensors").write_bytes(theirs[:-4] + b"abcd")
     for reply in two_ranks.run("run", recipe=str(recipe), overrides=[*common, *taught]):
-        assert "digest of the teacher's weights" in reply["mistake"]
+        assert "digest of the teachers' weights" in reply["mistake"]
 
 
 def test_a_run_that_is_being_trained_cannot_be_started_a_second_time(two_ranks, recipe, tmp_path):
@@ -212,7 +212,7 @@ def test_an_undecodable_image_is_reported_and_training_goes_on(two_ranks, recipe
         (["global_batch=10"], "no multiple of tasks.itm.block"),
         (["deepspeed=zero9"], "zero1"),
         (["initialise_from=/nowhere"], "holds no finished model"),
-        (["teacher.folder=/nowhere", "distill.soft=1"], "holds no finished model"),
+        (["teachers.0.source=/nowhere", "distill.soft=1"], "holds no finished model"),
         (["model.widht=3"], "did you mean 'width'?"),
     ],
 )

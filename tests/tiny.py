@@ -1,5 +1,6 @@
 """Small models and batches that tests share: a few thousand parameters, one thread, no files."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from dist_fusion.batch import PairBatch, Question, Sample, Text
 from dist_fusion.models.config import ModelConfig
+from dist_fusion.models.teachers import Lesson, Teacher, teach
 from dist_fusion.models.weights import ModelCard, build_model
 from dist_fusion.tasks import TASKS, Task
 from dist_fusion.types import Batch, Vocabulary
@@ -61,6 +63,11 @@ def samples(count: int, seed: int = 0, start: int = 0, captions: int = 10**9) ->
             )
         )
     return made
+
+
+def lessons(teacher: nn.Module, batch: Batch, tasks: Sequence[str] = ("mlm", "itm")) -> tuple[Lesson, ...]:
+    """What one teacher of this weight alone says of a batch."""
+    return teach([Teacher(teacher, 1.0, frozenset(tasks), None)], batch)
 
 
 def _text(draw: Random) -> Text:

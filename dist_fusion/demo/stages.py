@@ -19,7 +19,7 @@ from dist_fusion.schema import UserError
 from dist_fusion.train import CONTINUE, DONE, MISTAKE
 
 RANKS = 2
-WITHOUT = ("teacher=null", "distill.targets=none", "distill.soft=0", "distill.hard=1")
+WITHOUT = ("teachers=[]", "distill.targets=none", "distill.soft=0", "distill.hard=1")
 """What makes the undistilled student of a recipe: all the rest stays as it is."""
 
 
@@ -38,12 +38,12 @@ STAGES = (
     Stage("teacher-pretrain", "demo-teacher-pretrain", "teacher"),
     Stage("teacher-vqa", "demo-teacher-vqa", "teacher", ("initialise_from={seed}/teacher-pretrain",)),
     Stage(
-        "student-pretrain", "demo-student-pretrain", "student", ("teacher.folder={seed}/teacher-pretrain",),
+        "student-pretrain", "demo-student-pretrain", "student", ("teachers.0.source={seed}/teacher-pretrain",),
         interrupted=True,
     ),
     Stage(
         "student-vqa", "demo-student-vqa", "student",
-        ("initialise_from={seed}/student-pretrain", "teacher.folder={seed}/teacher-vqa"),
+        ("initialise_from={seed}/student-pretrain", "teachers.0.source={seed}/teacher-vqa"),
     ),
     Stage("undistilled-pretrain", "demo-student-pretrain", "undistilled", WITHOUT),
     Stage(

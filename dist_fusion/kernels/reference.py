@@ -1,5 +1,7 @@
 """The contract of `attention_kl` in plain PyTorch: what every faster implementation is tested against."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,10 @@ def _teacher_student(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _student_teacher(student: Tensor, teacher: Tensor) -> Tensor:
     return student.exp() * (student - teacher)
+
+
+def _squared(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student.exp() - teacher.exp()) ** 2
 
 
 DIRECTIONS = {"teacher-student": _teacher_student, "student-teacher": _student_teacher}
@@ -29,6 +35,41 @@ def reference_attention_kl(
     temperature: float,
 ) -> Tensor:
     """`attention_kl` with materialised maps, in fp32 (fp64 if the inputs are)."""
+    return _over_rows(
+        DIRECTIONS[direction], student_query, student_key, teacher_query, teacher_key, query_mask, key_mask,
+        pair_weight, temperature,
+    )  # fmt: skip
+
+
+def reference_attention_l2(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    *,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    pair_weight: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """`attention_l2` with materialised maps, in fp32 (fp64 if the inputs are)."""
+    return _over_rows(
+        _squared, student_query, student_key, teacher_query, teacher_key, query_mask, key_mask, pair_weight, temperature
+    )
+
+
+def _over_rows(
+    element: Callable[[Tensor, Tensor], Tensor],
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    pair_weight: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """`element` of two log-rows summed over keys, averaged over heads and valid queries, and summed over pairs."""
     pairs, _, num_queries, _ = student_query.shape
     if query_mask is None:
         query_mask = student_query.new_ones(pairs, num_queries, dtype=torch.bool)
@@ -37,7 +78,8 @@ def reference_attention_kl(
     with torch.autocast(student_query.device.type, enabled=False):
         student = _log_attention(student_query, student_key, query_mask, key_mask, temperature)
         teacher = _log_attention(teacher_query.detach(), teacher_key.detach(), query_mask, key_mask, temperature)
-        rows = DIRECTIONS[direction](student, teacher).sum(-1)  # [P, H, M]
+        # Masked keys are 0 in both, where every element is 0 as well.
+        rows = element(student, teacher).sum(-1)  # [P, H, M]
         valid = (query_mask & key_mask.any(-1, keepdim=True)).to(rows.dtype)  # [P, M]
         by_pair = (rows.mean(1) * valid).sum(-1) / valid.sum(-1).clamp(min=1)
         if pair_weight is None:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from dist_fusion.models.embeddings import STEMS
 from dist_fusion.models.fusion import FUSIONS
+from dist_fusion.models.layers import BLOCKS
 from dist_fusion.models.mapping import MAPPINGS
 from dist_fusion.schema import one_of, section
 
@@ -24,6 +25,7 @@ class ModelConfig:
     max_text_length: int = 40  # tokens, [CLS] and [SEP] included
     num_slots: int = 1  # images a sample
     dropout: float = 0.1
+    text_norm: Annotated[str, one_of(BLOCKS)] = "pre"  # of the text tower's blocks: "post" is BERT's
     fusion: Annotated[str, one_of(FUSIONS)] = "bridge-pre"
     mapping: Annotated[str, one_of(MAPPINGS)] = "top"
     num_fusion_layers: int = 3
@@ -38,6 +40,8 @@ class ModelConfig:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.stem == "convolution" and (self.patch_size < 4 or self.patch_size & (self.patch_size - 1)):
             raise ValueError(f"patch_size is {self.patch_size}; a convolution stem halves, so it must be 4, 8, 16, …")
+        if self.kind == "fusion-encoder" and self.text_norm != "pre":
+            raise ValueError("text_norm is of a dual-encoder's text tower; leave it out for a fusion-encoder")
         if self.kind == "dual-encoder" and not 1 <= self.num_fusion_layers <= self.num_layers:
             raise ValueError(
                 f"num_fusion_layers is {self.num_fusion_layers}; it must be 1 to num_layers = {self.num_layers}, "

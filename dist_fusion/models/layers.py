@@ -76,13 +76,34 @@ class Block(nn.Module):
         return x + self.dropout(self.feed(self.norm_feed(x))), q, k
 
 
-class Encoder(nn.Module):
-    """A stack of blocks over embeddings that are already there, with one final norm for every layer it shows."""
+class PostBlock(Block):
+    """Post-norm transformer block (BERT, arXiv:1810.04805), with the parameters of a Block."""
 
-    def __init__(self, width: int, num_heads: int, num_layers: int, dropout: float):
+    def __init__(self, width: int, num_heads: int, dropout: float):
+        super().__init__(width, num_heads, dropout)
+        self.norm_attention, self.norm_feed = (nn.LayerNorm(width, eps=1e-12) for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, D] -> [B, L, D], queries and keys [B, H, L, K]."""
+        attended, q, k = self.attention(x, mask)
+        x = self.norm_attention(x + self.dropout(attended))
+        return self.norm_feed(x + self.dropout(self.feed(x))), q, k
+
+
+BLOCKS: dict[str, type[Block]] = {"pre": Block, "post": PostBlock}
+"""Transformer blocks by the place of their norms: ViT's and BERT's."""
+
+
+class Encoder(nn.Module):
+    """A stack of blocks over embeddings that are already there, with one final norm for every layer it shows.
+
+    Post-norm blocks have normalised their outputs already, and get no final norm.
+    """
+
+    def __init__(self, width: int, num_heads: int, num_layers: int, dropout: float, norm: str = "pre"):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, num_heads, dropout) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.blocks = nn.ModuleList(BLOCKS[norm](width, num_heads, dropout) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width, eps=1e-6) if norm == "pre" else nn.Identity()
 
     def forward(self, x: Tensor, mask: Tensor, shown: frozenset[int] = frozenset()) -> Stream:
         """x [B, L, D] -> its Stream; hidden layers not in `shown`, and not the last, stay below as they are."""

@@ -23,7 +23,7 @@ class Student(nn.Module):
         groups = MAPPINGS[c.mapping](c.num_layers, c.num_fusion_layers)
         self.shown = frozenset(chain.from_iterable(groups))
         self.text_embedding = TextEmbedding(c.width, vocabulary_size, c.max_text_length, c.dropout)
-        self.text_tower = Encoder(c.width, c.num_heads, c.num_layers, c.dropout)
+        self.text_tower = Encoder(c.width, c.num_heads, c.num_layers, c.dropout, c.text_norm)
         self.image_embedding = ImageEmbedding(c.width, c.image_size, c.patch_size, c.stem, c.num_slots, c.dropout)
         self.image_tower = Encoder(c.width, c.num_heads, c.num_layers, c.dropout)
         self.fusion = FUSIONS[c.fusion](c.width, c.num_heads, groups, c.num_slots, c.dropout)

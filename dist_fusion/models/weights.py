@@ -1,11 +1,10 @@
 """A model on disk: `model.safetensors` and the `model.json` that says what it is. Neither can run code."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -75,48 +74,14 @@ def restore_model(folder: str | Path, wanted_by: str) -> tuple[ModelCard, nn.Mod
     return card, model
 
 
-def weights_digest(folder: str | Path) -> str:
-    """SHA-256 of a folder's weights."""
-    with (Path(folder) / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def initialise_from(model: nn.Module, card: ModelCard, folder: str, wanted_by: str) -> list[str]:
-    """Copy a folder's weights into `model`; returns the names of heads that stay new.
-
-    Every weight outside the heads must be there in the same shape: raises UserError listing those that are not.
-    """
-    theirs, weights = load_model(folder, wanted_by)
-    require_same_vocabulary(card, theirs, folder, wanted_by)
-    own: dict[str, Any] = model.state_dict()
-    asked_alike = {task for task, head in card.heads.items() if theirs.heads.get(task) == head}
-    shared = {
-        name
-        for name, value in weights.items()
-        if name in own and own[name].shape == value.shape
-        if not name.startswith("heads.") or name.split(".")[1] in asked_alike
-    }
-    foreign = sorted(name for name in own.keys() ^ shared | weights.keys() ^ shared if not name.startswith("heads."))
-    if foreign:
-        shown = ", ".join(foreign[:6]) + (f" and {len(foreign) - 6} more" if len(foreign) > 6 else "")
-        raise UserError(f"{wanted_by} {folder!r} is of another architecture than `model`: it does not fit in {shown}")
-    model.load_state_dict({**own, **{name: weights[name] for name in shared}})
-    return sorted({name.split(".")[1] for name in own.keys() - shared})
-
-
 def require_same_reading(ours: ModelCard, theirs: ModelCard, folder: str | Path, wanted_by: str) -> None:
     """Raises UserError if a model's recipe now names another vocabulary or other answers than it was trained with."""
-    require_same_vocabulary(ours, theirs, folder, wanted_by)
-    if ours.heads != theirs.heads:
-        raise UserError(
-            f"{wanted_by} {str(folder)!r} was trained with other tasks or answers than its recipe now names"
-        )
-
-
-def require_same_vocabulary(ours: ModelCard, theirs: ModelCard, folder: str | Path, wanted_by: str) -> None:
-    """Raises UserError if two models do not read the same token ids: their attention could not be compared."""
     if ours.vocabulary != theirs.vocabulary:
         raise UserError(
             f"{wanted_by} {str(folder)!r} reads another vocabulary ({len(theirs.vocabulary)} entries) than "
             f"data.vocabulary ({len(ours.vocabulary)}); both must be the same"
+        )
+    if ours.heads != theirs.heads:
+        raise UserError(
+            f"{wanted_by} {str(folder)!r} was trained with other tasks or answers than its recipe now names"
         )

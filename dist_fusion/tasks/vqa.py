@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from torch import Tensor
 from dist_fusion.batch import PairBatch, Sample, answers_to
 from dist_fusion.schema import UserError, section
 from dist_fusion.tasks.losses import binary_cross_entropy, soft_binary_cross_entropy
-from dist_fusion.types import HeadSpec, Target, Vocabulary
+from dist_fusion.types import HeadSpec, Target, Vocabulary, meaning_of
 
 
 class Answers(NamedTuple):
@@ -37,8 +36,7 @@ class Vqa:
 
     def head(self, vocabulary: Vocabulary) -> HeadSpec:
         answers = list(read_answers(self.answers).number)
-        meaning = sha256(json.dumps(answers).encode()).hexdigest()[:16]
-        return HeadSpec("classifier", len(answers), meaning=meaning)
+        return HeadSpec("classifier", len(answers), meaning=meaning_of(answers))
 
     def eligible(self, num_texts: int, num_questions: int) -> bool:
         return num_questions > 0

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,7 @@ from dist_fusion.distill import TARGETS, DistillConfig, objective, row_weights
 from dist_fusion.kernels import attention_kl
 from dist_fusion.models.fusion import FUSIONS
 from dist_fusion.models.mapping import MAPPINGS
-from dist_fusion.models.teachers import TEACHERS
-from dist_fusion.models.weights import initialise_from, load_model, save_model
+from dist_fusion.models.weights import load_model, save_model
 from dist_fusion.schema import UserError
 from tests import tiny
 
@@ -167,8 +165,7 @@ def test_a_student_given_the_teachers_own_queries_and_keys_has_no_attention_loss
 def test_every_legal_cell_of_the_axes_takes_a_step(fusion, mapping, targets, teacher, batch):
     student = tiny.model(tiny.model_config(fusion=fusion, mapping=mapping, num_fusion_layers=2), tiny.PRETRAINING)
     config = DistillConfig(targets=targets, soft=1.0)
-    with torch.no_grad():
-        taught = teacher(batch)
+    lessons = tiny.lessons(teacher, batch)
     if any(site not in student(batch).taps for site in TARGETS[targets]):
         assert not fusion.startswith("bridge")  # config.check refuses these cells before anything starts
         return
@@ -176,7 +173,7 @@ def test_every_legal_cell_of_the_axes_takes_a_step(fusion, mapping, targets, tea
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
     losses = []
     for _ in range(2):
-        loss = objective(config, tiny.PRETRAINING, batch, student(batch), taught, rows)
+        loss = objective(config, tiny.PRETRAINING, batch, student(batch), lessons, rows)
         assert set(loss.terms) == {
             *(f"hard/{task}" for task in tiny.PRETRAINING), *(f"soft/{task}" for task in tiny.TEACHING),
             *(f"attention/{site}" for site in TARGETS[targets]),
@@ -194,7 +191,7 @@ def test_every_legal_cell_of_the_axes_takes_a_step(fusion, mapping, targets, tea
 def test_a_batch_without_rows_runs_through_every_module_and_head(kind, tasks):
     model, nothing = tiny.model(tiny.model_config(kind), tasks), tiny.batch(tasks, [])
     output = model(nothing)
-    loss = objective(DistillConfig(), tasks, nothing, output, None, row_weights([nothing], tasks))
+    loss = objective(DistillConfig(), tasks, nothing, output, (), row_weights([nothing], tasks))
     loss.total.backward()
     assert loss.total.item() == 0
     assert all(parameter.grad is not None for parameter in model.heads.parameters())
@@ -205,56 +202,6 @@ def saved_teacher(tmp_path):
     config = tiny.model_config("fusion-encoder", dropout=0.5)
     save_model(tmp_path, tiny.card(config, tiny.TEACHING), tiny.model(config, tiny.TEACHING).state_dict())
     return str(tmp_path)
-
-
-def test_a_loaded_teacher_is_frozen_and_in_eval_mode_with_the_heads_it_must_teach_with(saved_teacher):
-    student = tiny.card(tiny.model_config(), tiny.PRETRAINING)
-    teacher = TEACHERS["vilt"](saved_teacher, student, ["itm"])
-    assert not any(module.training for module in teacher.modules())
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert list(teacher.heads) == ["itm"]
-
-
-def test_a_teacher_that_cannot_teach_this_student_is_refused_with_both_sides(saved_teacher):
-    def refused(message, soft=("itm",), tasks=tiny.PRETRAINING, **changes):
-        student = tiny.card(tiny.model_config(**changes), tasks)
-        with pytest.raises(UserError, match=message):
-            TEACHERS["vilt"](saved_teacher, student, list(soft))
-
-    refused("num_heads 2 and the student 4", num_heads=4)
-    refused("patch_size 8 and the student 4", patch_size=4)
-    refused(r"no head for vqa \(it has mlm, itm\)", soft=["vqa"])
-    other = tiny.card(tiny.model_config(), tiny.PRETRAINING)._replace(vocabulary=("a", "b"))
-    with pytest.raises(UserError, match="another vocabulary"):
-        TEACHERS["vilt"](saved_teacher, other, [])
-
-
-def test_answers_in_another_order_are_not_taught(tmp_path):
-    cards = []
-    for name, answers in (("one", ["yes", "no"]), ("two", ["no", "yes"])):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"answers": answers, "kinds": []}))
-        task = {"vqa": tiny.TASKS["vqa"](answers=str(tmp_path / f"{name}.json"))}
-        cards.append((task, tiny.card(tiny.model_config("fusion-encoder"), task)))
-    (task, card), (_, other) = cards
-    save_model(tmp_path, card, tiny.model(card.config, task).state_dict())
-    student = other._replace(config=tiny.model_config())
-    with pytest.raises(UserError, match="another order"):
-        TEACHERS["vilt"](str(tmp_path), student, ["vqa"])
-
-
-def test_weights_of_a_run_fill_a_model_and_leave_only_heads_that_ask_something_else_new(tmp_path):
-    config = tiny.model_config()
-    before = tiny.model(config, tiny.PRETRAINING, seed=3)
-    save_model(tmp_path, tiny.card(config, tiny.PRETRAINING), before.state_dict())
-    tasks = {"itm": tiny.PRETRAINING["itm"], "itc": tiny.TASKS["itc"](dimensions=4)}
-    model = tiny.model(config, tasks, seed=4)
-    assert initialise_from(model, tiny.card(config, tasks), str(tmp_path), "initialise_from") == ["itc"]
-    filled, source = model.state_dict(), before.state_dict()
-    assert all(torch.equal(filled[name], source[name]) for name in filled if not name.startswith("heads.itc"))
-    for changes in ({"num_layers": 4}, {"width": 32}, {"fusion": "shallow"}):
-        other = tiny.model_config(**changes)
-        with pytest.raises(UserError, match="another architecture than `model`"):
-            initialise_from(tiny.model(other, tasks), tiny.card(other, tasks), str(tmp_path), "initialise_from")
 
 
 @pytest.mark.parametrize(
