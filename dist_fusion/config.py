@@ -104,12 +104,7 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: for an unknown recipe, key or value, or a combination that cannot work.
     """
     path = find_recipe(recipe)
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} is not a recipe: it must be a mapping of keys")
+    tree = read_tree(path)
     for override in overrides:
         _apply(tree, override)
     tasks = tree.get("tasks")
@@ -120,6 +115,36 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = build(Config, tree, str(path))
     check(config)
     return config
+
+
+def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a recipe, laid over those of the recipe that it is `based_on`.
+
+    Raises:
+        UserError: if it is no mapping in YAML, or is based on itself.
+    """
+    if path in above:
+        raise UserError(f"{' is based on '.join(map(str, [*above, path]))}: a recipe cannot be based on itself")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is not a recipe: it must be a mapping of keys")
+    base = tree.pop("based_on", None)
+    if base is None:
+        return tree
+    beside = path.parent / f"{base}.yaml"
+    return _laid_over(read_tree(beside if beside.is_file() else find_recipe(base), (*above, path)), tree)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two trees as one: sections are joined key by key, anything else is replaced."""
+    joined = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        joined[key] = _laid_over(below[key], value) if both else value
+    return joined
 
 
 def find_recipe(recipe: str | Path) -> Path:

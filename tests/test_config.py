@@ -238,3 +238,28 @@ def test_only_contrast_without_hard_labels_or_attention_would_learn_nothing():
     given = ["tasks.mlm=false", "tasks.itm=false", "distill.targets=none", "distill.hard=0"]
     with pytest.raises(UserError, match="nothing would be learned"):
         load("demo-student-pretrain", given)
+
+
+def test_a_recipe_says_only_what_it_changes_of_the_one_it_is_based_on(tmp_path):
+    (tmp_path / "base.yaml").write_text(SMALL + "tasks: {itm: {block: 2}, itc: {dimensions: 8}}\nmodel: {width: 48}\n")
+    (tmp_path / "middle.yaml").write_text("based_on: base\nname: middle\nmodel: {num_layers: 4}\n")
+    (tmp_path / "top.yaml").write_text("based_on: middle\nname: top\ntasks: {itc: false}\n")
+    config = load(tmp_path / "top.yaml", ["model.num_heads=6"])
+    assert (config.name, config.steps, config.tasks.itm.block, config.tasks.itc) == ("top", 3, 2, None)
+    assert (config.model.width, config.model.num_layers, config.model.num_heads) == (48, 4, 6)
+    assert "based_on" not in dump(config)
+
+
+def test_a_recipe_can_be_based_on_a_shipped_one(tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"based_on: {STUDENT}\nname: mine\n")
+    assert replace(load(tmp_path / "mine.yaml"), name="student-pretrain") == load(STUDENT)
+
+
+def test_a_recipe_based_on_itself_or_on_nothing_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("based_on: b\n")
+    (tmp_path / "b.yaml").write_text("based_on: a\n")
+    with pytest.raises(UserError, match="a recipe cannot be based on itself"):
+        load(tmp_path / "a.yaml")
+    (tmp_path / "c.yaml").write_text("based_on: demo-student-pretrian\n")
+    with pytest.raises(UserError, match="did you mean 'demo-student-pretrain'"):
+        load(tmp_path / "c.yaml")

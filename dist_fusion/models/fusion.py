@@ -34,6 +34,22 @@ class Fusion(nn.Module):
         raise NotImplementedError
 
 
+class Dot(Fusion):
+    """Nothing between the towers: the two class tokens and the terms of their dot product (CLIP, arXiv:2103.00020).
+
+    CLIP has no head that judges a pair; this feature under a shallow one is our reading.
+    """
+
+    def __init__(self, width: int, num_heads: int, groups: Groups, num_slots: int, dropout: float):
+        super().__init__()
+        self.feature_width = 3 * width
+
+    def forward(self, text: Stream, image: Stream, slot: Tensor, pairs: Tensor) -> Fused:
+        image_row, text_row = pairs.unbind(1)
+        words, picture = text.hidden[-1][text_row], image.hidden[-1][image_row, 0]
+        return Fused(torch.cat([words[:, 0], picture, words[:, 0] * picture], -1), words, {})
+
+
 class Shallow(Fusion):
     """An MLP over one vector of each tower (the fusion of DiDE, arXiv:2112.08723); no attention of its own.
 
@@ -150,6 +166,7 @@ def _mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 FUSIONS: dict[str, Callable[..., Fusion]] = {
+    "dot": Dot,
     "shallow": Shallow,
     "virt": Virt,
     "bridge-post": partial(BridgeTower, order=("self", "cross")),

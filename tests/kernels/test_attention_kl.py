@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_fusion.kernels import IMPLS, attention_kl
+from dist_fusion.kernels import IMPLS, attention_kl, attention_l2
 from dist_fusion.kernels.reference import DIRECTIONS
 
 
@@ -137,3 +137,22 @@ def test_the_reference_passes_a_numerical_gradient_check():
             lambda q, k, d=direction: attention_kl(q, k, *teacher, key_mask=mask, direction=d, temperature=0.7),
             (query.requires_grad_(), key.requires_grad_()),
         )
+
+
+def test_the_squared_distance_equals_a_hand_computed_example():
+    one, keys = torch.ones(1, 1, 1, 1), torch.tensor([math.log(3), 0.0]).view(1, 1, 2, 1)
+    loss = attention_l2(one, keys, one, torch.zeros_like(keys))  # rows (3/4, 1/4) and (1/2, 1/2)
+    assert loss.item() == pytest.approx(2 * 0.25**2, abs=1e-6)
+
+
+def test_the_squared_distance_knows_padding_weights_and_head_maps():
+    query, key, teacher_query, teacher_key = taps(pairs=3, heads=2)
+    mask = torch.tensor([[True, True, False, False, False]] * 3)
+    weight = torch.tensor([0.2, 0.0, 0.5])
+    cut = [query, key[:, :, :2], teacher_query, teacher_key[:, :, :2]]
+    padded = attention_l2(query, key, teacher_query, teacher_key, key_mask=mask, pair_weight=weight)
+    torch.testing.assert_close(padded, attention_l2(*cut, pair_weight=weight))
+    swapped = attention_l2(query, key, teacher_query.flip(1), teacher_key.flip(1), head_map=(1, 0))
+    torch.testing.assert_close(swapped, attention_l2(query, key, teacher_query, teacher_key))
+    with pytest.raises(ValueError, match="2 heads and the teacher 1"):
+        attention_l2(query, key, teacher_query[:, :1], teacher_key[:, :1])
