@@ -25,9 +25,12 @@ import yaml
 
 from dist_fusion import distributed
 from dist_fusion.config import Config, dump
-from dist_fusion.schema import UserError
+from dist_fusion.schema import UserError, leaves
 
-FREE = {"runs", "save_every", "keep_checkpoints", "log_every", "evaluate_every", "data.num_workers"}
+FREE = {
+    "runs", "save_every", "keep_checkpoints", "log_every", "evaluate_every", "data.num_workers",
+    "activation_checkpointing",
+}  # fmt: skip
 """Keys that may change between the lives of a run."""
 SPOKEN = {
     "world_size": "number of ranks",
@@ -107,7 +110,7 @@ def differences(run: Path, config: Config) -> list[str]:
     recipe = run / "config.yaml"
     if not recipe.exists():
         return []
-    before, now = (dict(_leaves(yaml.safe_load(text))) for text in (recipe.read_text(), dump(config)))
+    before, now = (dict(leaves(yaml.safe_load(text))) for text in (recipe.read_text(), dump(config)))
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FREE]
     return [f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys]
 
@@ -134,14 +137,6 @@ def _write(path: Path, text: str) -> None:
 def versions() -> dict[str, str]:
     """The versions a run depends on."""
     return {name: platform.python_version() if name == "python" else version(name) for name in WHICH}
-
-
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, tree
 
 
 def save(engine: Any, run: Path, config: Config, identity: Mapping[str, Any], step: int) -> Saved:

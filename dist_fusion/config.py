@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, make_dataclass
 from itertools import pairwise
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 
@@ -19,7 +19,7 @@ from dist_fusion.models import CONTRASTIVE
 from dist_fusion.models.config import ModelConfig
 from dist_fusion.models.initial import Towers
 from dist_fusion.models.teachers import TeacherConfig
-from dist_fusion.schema import UserError, build, nearest, section
+from dist_fusion.schema import UserError, build, dotted, nearest, section
 from dist_fusion.tasks import TASKS, TEACHABLE, Task
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -39,6 +39,8 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     epsilon: float = 1e-8
     weight_decay: float = 0.01  # none on biases, norms, type embeddings and the temperature
+    multipliers: Annotated[Mapping[str, float], dotted] = field(default_factory=dict)
+    """Of the rate, by the beginning of a parameter's dotted name, the longest one counting: {heads: 10}."""
     warmup: float = 0.1  # share of the steps
     clip: float = 1.0  # norm of the gradient; 0 is never
 
@@ -60,6 +62,8 @@ class Config:
     initialise_from: str | Towers | None = None  # a run, a ViLT, or a BERT and a ViT, whose weights to start from
     deepspeed: str = "zero1"  # a file of ds_configs, or a path
     accumulation: int = 1  # micro-steps in an optimizer step; contrast sees global_batch / accumulation samples
+    activation_checkpointing: bool = False  # keep each layer's input alone and compute the rest again: less memory
+    compile: bool = False  # torch.compile of the towers and the fusion
     seed: int = 0
     save_every: int = 500  # steps
     keep_checkpoints: int = 2
@@ -216,6 +220,7 @@ def check(config: Config) -> None:
         ("optimizer.learning_rate", config.optimizer.learning_rate, 0, inf),
         ("optimizer.weight_decay", config.optimizer.weight_decay, 0, inf),
         ("optimizer.clip", config.optimizer.clip, 0, inf),
+        *((f"optimizer.multipliers.{prefix}", of, 1e-6, 1e6) for prefix, of in config.optimizer.multipliers.items()),
         ("optimizer.warmup", config.optimizer.warmup, 0, 1),
         ("model.dropout", model.dropout, 0, 0.99),
         ("model.max_text_length", model.max_text_length, 3, inf),

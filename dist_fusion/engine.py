@@ -3,12 +3,15 @@
 import json
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
+from deepspeed.runtime.zero.config import get_zero_config
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -25,6 +28,18 @@ OURS = (
 """DeepSpeed's keys that the recipe owns."""
 UNDECAYED = ("modality", "sentence")
 """Type embeddings, which take no weight decay whatever their shape."""
+BF16_CAPABILITY = (8, 0)
+"""The first compute capability with bf16 arithmetic (Ampere). On older GPUs torch emulates it and says it is there."""
+
+
+class Sharding(NamedTuple):
+    """What a file of `ds_configs/` means, defaults included."""
+
+    stage: int  # of ZeRO
+    dtype: torch.dtype  # of weights, gradients and activations; the optimizer's own copies are fp32
+    offload: bool  # the optimizer works on the host and keeps its state there
+    bucket: int  # elements of gradient buffers
+    live: int  # elements of weights gathered at a time at most (stage 3)
 
 
 def on_gpu() -> bool:
@@ -85,6 +100,10 @@ def ds_config(config: Config, world_size: int) -> dict[str, Any]:
     for key in OURS:
         if key in tree:
             raise UserError(f"{path} sets {key!r}, which belongs in the recipe; take it out there")
+    try:
+        offload = sharding(tree).offload
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     return {
         **tree,
         "train_batch_size": config.global_batch,
@@ -97,11 +116,45 @@ def ds_config(config: Config, world_size: int) -> dict[str, Any]:
                 "lr": config.optimizer.learning_rate,
                 "betas": list(config.optimizer.betas),
                 "eps": config.optimizer.epsilon,
-                "torch_adam": True,  # DeepSpeed's own needs a build at first use, and with it a compiler
+                # DeepSpeed's own needs a build at first use, and with it a compiler. On the host only its own is fast.
+                "torch_adam": not offload,
             },
         },
         "steps_per_print": 10**9,
     }
+
+
+def sharding(tree: Mapping[str, Any]) -> Sharding:
+    """DeepSpeed's reading of its own words; raises ValueError where it does not know them."""
+    zero, half, brain = get_zero_config(tree), get_float16_config(tree), get_bfloat16_config(tree)
+    if half.enabled and brain.enabled:
+        raise ValueError("fp16 and bf16 are both enabled; take one out")
+    return Sharding(
+        stage=int(zero.stage),
+        dtype=torch.float16 if half.enabled else torch.bfloat16 if brain.enabled else torch.float32,
+        offload=zero.offload_optimizer is not None and zero.offload_optimizer.device != "none",
+        bucket=zero.reduce_bucket_size * (2 if zero.overlap_comm and zero.stage < 3 else 1),
+        live=zero.max_live_parameters,
+    )
+
+
+def check_precision(tree: Mapping[str, Any], device_type: str, capability: tuple[int, int]) -> None:
+    """Raises UserError if a device (its CUDA compute capability, if it has one) cannot do the precision of `tree`."""
+    dtype = sharding(tree).dtype
+    if dtype == torch.float16 and device_type == "cpu":
+        raise UserError("fp16 needs a GPU, and this rank has none; use a file of ds_configs/ without fp16, as zero1")
+    if dtype == torch.bfloat16 and device_type == "cuda" and capability < BF16_CAPABILITY:
+        needed, has = (".".join(map(str, pair)) for pair in (BF16_CAPABILITY, capability))
+        raise UserError(
+            f"bf16 needs a GPU of compute capability {needed} or more, and this rank's has {has}; use the fp16 file of "
+            "ds_configs/ in its place, as zero1-fp16"
+        )
+
+
+def check_device(tree: Mapping[str, Any], device: torch.device) -> None:
+    """Raises UserError if `device` cannot do the precision of `tree`, DeepSpeed's configuration."""
+    cuda = device.type == "cuda"
+    check_precision(tree, device.type, torch.cuda.get_device_capability(device) if cuda else (0, 0))
 
 
 def _find_ds_config(name: str) -> Path:
@@ -124,7 +177,7 @@ def build_engine(model: nn.Module, config: Config, world_size: int) -> deepspeed
 
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=parameter_groups(model, schedule.weight_decay),
+        model_parameters=parameter_groups(model, schedule),
         lr_scheduler=scheduler,
         config=ds_config(config, world_size),
     )
@@ -137,13 +190,54 @@ def learning_rate_factor(config: OptimizerConfig, steps: int, step: int) -> floa
     return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter in one of two groups: with weight decay, and without (vectors and type embeddings)."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+def base_learning_rate(engine: deepspeed.DeepSpeedEngine) -> float:
+    """The rate of the coming step that the multipliers multiply."""
+    group = engine.optimizer.param_groups[0]
+    rate: float = group["lr"] / group["multiplier"]
+    return rate
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Every trainable parameter in one group, by what its rate is multiplied with and whether it decays.
+
+    Vectors (biases, norms, the temperature) and type embeddings do not. The schedule scales the rate of every group.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}  # the plain ones first
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and not any(part in UNDECAYED for part in name.split("."))].append(parameter)
-    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+            decays = parameter.ndim > 1 and not any(part in UNDECAYED for part in name.split("."))
+            groups.setdefault((_multiplier(name, config.multipliers), decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": config.learning_rate * multiplier,
+            "multiplier": multiplier,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (multiplier, decays), parameters in groups.items()
+        if parameters
+    ]
+
+
+def _multiplier(name: str, multipliers: Mapping[str, float]) -> float:
+    """That of the longest dotted prefix of a parameter's name."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((multipliers[prefix] for prefix in prefixes if prefix in multipliers), 1.0)
+
+
+def check_multipliers(model: nn.Module, multipliers: Mapping[str, float]) -> None:
+    """Raises UserError for a prefix that no parameter of `model` has, with those that are nearest to it."""
+    names = [name.split(".") for name, _ in model.named_parameters()]
+    for prefix in multipliers:
+        parts = prefix.split(".")
+        right = next(n for n in range(len(parts), -1, -1) if any(name[:n] == parts[:n] for name in names))
+        if right < len(parts):
+            known = {".".join(name[: right + 1]): None for name in names if name[:right] == parts[:right]}
+            raise UserError(
+                f"optimizer.multipliers names {prefix!r}, and no parameter's name begins so"
+                f"{nearest(prefix, known)}; there are {', '.join(known)}"
+            )
 
 
 def full_weights(checkpoints: Path, tag: str) -> dict[str, torch.Tensor]:

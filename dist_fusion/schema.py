@@ -4,11 +4,11 @@ pydantic does the typing of plain standard-library dataclasses; here are entries
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, with_config
 
 T = TypeVar("T")
 section = with_config(ConfigDict(extra="forbid", strict=False))
@@ -28,6 +28,19 @@ def one_of(table: Mapping[str, Any]) -> AfterValidator:
         return name
 
     return AfterValidator(check)
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings, each with its dotted path."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+dotted = BeforeValidator(lambda tree: dict(leaves(tree)) if isinstance(tree, dict) else tree)
+"""Annotation of a mapping by dotted paths, which may be written nested, as overrides do."""
 
 
 def nearest(name: str, known: Mapping[str, Any] | set[str]) -> str:

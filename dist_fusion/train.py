@@ -27,8 +27,18 @@ from dist_fusion.data.shards import find_shards
 from dist_fusion.data.stream import Plan, Stream, load_batches
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.distill import objective, row_weights
-from dist_fusion.engine import build_engine, ds_config, full_weights, start_ranks, stop_ranks
+from dist_fusion.engine import (
+    base_learning_rate,
+    build_engine,
+    check_device,
+    check_multipliers,
+    ds_config,
+    full_weights,
+    start_ranks,
+    stop_ranks,
+)
 from dist_fusion.evaluate import evaluate
+from dist_fusion.models.execution import set_execution
 from dist_fusion.models.initial import initialise_from
 from dist_fusion.models.sources import source_digest
 from dist_fusion.models.teachers import Teacher, build_teacher, teach
@@ -61,8 +71,10 @@ def train(config: Config, device: torch.device) -> int:
     Raises:
         UserError: for whatever is wrong with the recipe, its files or its run, before anything is changed.
     """
+    sharding = ds_config(config, distributed.world_size())
+    check_device(sharding, device)
     parts = prepare(config, device)
-    with checkpoint.claim(config, ds_config(config, distributed.world_size()), parts.identity) as run:
+    with checkpoint.claim(config, sharding, parts.identity) as run:
         if distributed.from_first((run / "model.safetensors").exists()):
             log.info("%s has ended; its model is there", run)
             return DONE
@@ -81,6 +93,8 @@ def prepare(config: Config, device: torch.device) -> Parts:
     card = model_card(config, tokenizer)
     torch.manual_seed(config.seed)
     model = build_model(card)
+    check_multipliers(model, config.optimizer.multipliers)
+    set_execution(model, activation_checkpointing=config.activation_checkpointing, compile=config.compile)
     if config.initialise_from:
         fresh = initialise_from(model, card, config.initialise_from, "initialise_from")
         log.info("weights from %s; new heads: %s", config.initialise_from, ", ".join(fresh) or "none")
@@ -117,7 +131,7 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torc
         # One optimizer step. Half-gathered gradients are in no checkpoint, so nothing is saved inside.
         loaded = interval.fetch(batches, config.accumulation)
         rows = distributed.summed(row_weights([one.batch for one in loaded], tasks).to(device))
-        learning_rate = engine.optimizer.param_groups[0]["lr"]
+        learning_rate = base_learning_rate(engine)
         for one in loaded:
             batch = to_device(one.batch, device)
             lessons = teach(parts.teachers, batch)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_fusion.models.layers import CrossLayer, Stream
+from dist_fusion.models.layers import CrossLayer, Stream, run
 from dist_fusion.models.mapping import Groups
 from dist_fusion.types import Tap
 
@@ -113,6 +113,7 @@ class BridgeTower(Fusion):
         self.feature_width = 2 * width
         self.text = _Side(width, num_heads, groups, 1, order, dropout)
         self.image = _Side(width, num_heads, groups, num_slots, order, dropout)
+        self.recompute = False
 
     def forward(self, text: Stream, image: Stream, slot: Tensor, pairs: Tensor) -> Fused:
         image_row, text_row = pairs.unbind(1)
@@ -122,8 +123,12 @@ class BridgeTower(Fusion):
         x, y = torch.zeros_like(words[0]), torch.zeros_like(patches[0])
         for i, (word, patch) in enumerate(zip(words, patches, strict=True)):
             x_in, y_in = self.text.bridges[i](x + word), self.image.bridges[i](y + patch)
-            x, text_query, image_key = self.text.layers[i](x_in, text_mask, y_in, image_mask)
-            y, image_query, text_key = self.image.layers[i](y_in, image_mask, x_in, text_mask)
+            x, text_query, image_key = run(
+                self.text.layers[i], x_in, text_mask, y_in, image_mask, recompute=self.recompute
+            )
+            y, image_query, text_key = run(
+                self.image.layers[i], y_in, image_mask, x_in, text_mask, recompute=self.recompute
+            )
         feature = torch.cat([self.text.pooled(x), self.image.pooled(y)], -1)
         taps = {
             "bridge.t2i": Tap(text_query, image_key, text_mask, image_mask),

@@ -1,9 +1,10 @@
 """Transformer layers. Attention runs through SDPA and returns the queries and keys it used, never the map."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Stream(NamedTuple):
@@ -104,12 +105,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(BLOCKS[norm](width, num_heads, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width, eps=1e-6) if norm == "pre" else nn.Identity()
+        self.recompute = False
 
     def forward(self, x: Tensor, mask: Tensor, shown: frozenset[int] = frozenset()) -> Stream:
         """x [B, L, D] -> its Stream; hidden layers not in `shown`, and not the last, stay below as they are."""
         hidden = []
         for i, block in enumerate(self.blocks):
-            x, q, k = block(x, mask)
+            x, q, k = run(block, x, mask, recompute=self.recompute)
             hidden.append(self.norm(x) if i in shown or i == len(self.blocks) - 1 else x)
         return Stream(hidden, q, k, mask)
 
@@ -140,6 +142,11 @@ class CrossLayer(nn.Module):
                 attended, _, _ = self.self_attention(x, mask)
             x = self.norms[name](x + self.dropout(attended))
         return self.norms["feed"](x + self.dropout(self.feed(x))), query, key
+
+
+def run(layer: nn.Module, *inputs: Tensor, recompute: bool) -> Any:
+    """`layer(*inputs)`; with `recompute` only the inputs are kept for the backward pass (arXiv:1604.06174)."""
+    return checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
 
 
 def deviation(width: int) -> float:
