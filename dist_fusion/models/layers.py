@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+EVERY = slice(None)
+"""All rows of a sequence."""
+
 
 class Stream(NamedTuple):
     """One modality on its way up through its tower."""
@@ -24,10 +27,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, L, D], mask [B, L] bool -> [B, L, D], queries and keys [B, H, L, K]."""
+    def forward(self, x: Tensor, mask: Tensor, read: slice = EVERY) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, D], mask [B, L] bool -> the rows in `read` [B, R, D], all queries and keys [B, H, L, K]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(_attend(q, k, v, mask)), q, k
+        return self.out(_attend(q[:, :, read], k, v, mask)), q, k
 
 
 class CrossAttention(nn.Module):
@@ -69,10 +72,10 @@ class Block(nn.Module):
         self.feed = FeedForward(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, L, D] -> [B, L, D], queries and keys [B, H, L, K]."""
-        attended, q, k = self.attention(self.norm_attention(x), mask)
-        x = x + self.dropout(attended)
+    def forward(self, x: Tensor, mask: Tensor, read: slice = EVERY) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, D] -> the rows in `read` [B, R, D], all queries and keys [B, H, L, K]."""
+        attended, q, k = self.attention(self.norm_attention(x), mask, read)
+        x = x[:, read] + self.dropout(attended)
         return x + self.dropout(self.feed(self.norm_feed(x))), q, k
 
 
@@ -84,12 +87,15 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, num_heads, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, x: Tensor, mask: Tensor, shown: frozenset[int] = frozenset()) -> Stream:
-        """x [B, L, D] -> its Stream; hidden layers not in `shown`, and not the last, stay below as they are."""
-        hidden = []
+    def forward(self, x: Tensor, mask: Tensor, shown: frozenset[int] = frozenset(), read: slice = EVERY) -> Stream:
+        """x [B, L, D] -> its Stream; hidden layers not in `shown`, and not the last, stay below as they are.
+
+        Of the last layer only the rows in `read` are finished, [B, R, D]; its queries and keys are of all rows.
+        """
+        hidden, last = [], len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x, q, k = block(x, mask)
-            hidden.append(self.norm(x) if i in shown or i == len(self.blocks) - 1 else x)
+            x, q, k = block(x, mask, read if i == last else EVERY)
+            hidden.append(self.norm(x) if i in shown or i == last else x)
         return Stream(hidden, q, k, mask)
 
 
