@@ -11,6 +11,7 @@ import torch
 
 import dist_fusion
 from dist_fusion import train
+from dist_fusion.bench.run import BENCHES, DEVICES, bench
 from dist_fusion.config import RECIPES, load
 from dist_fusion.data import easy_vqa
 from dist_fusion.data.stream import Plan, Stream
@@ -50,6 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one = commands.add_parser("prepare", help="make shards of a data set")
     one.add_argument("dataset", help=f"one of: {', '.join(PREPARE)}")
     one.add_argument("folder", type=Path, help="where the shards go")
+
+    one = commands.add_parser("bench", help="how fast a part is beside others' of the kind")
+    one.add_argument("name", help=f"one of: {', '.join(BENCHES)}")
+    one.add_argument("--device", default="cpu", help=f"one of: {', '.join(DEVICES)}")
+    one.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    one.add_argument("--quick", action="store_true", help="only see that it runs: tiny, its times say nothing")
 
     commands.add_parser("recipes", help="list the shipped recipes")
 
@@ -111,6 +118,11 @@ def _prepare(given: argparse.Namespace) -> int:
     return train.DONE
 
 
+def _bench(given: argparse.Namespace) -> int:
+    bench(given.name, given.device, given.json, given.quick)
+    return train.DONE
+
+
 def _recipes(given: argparse.Namespace) -> int:
     """One line a recipe: its name and its first comment."""
     for path in sorted(RECIPES.glob("*.yaml")):
@@ -123,6 +135,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "prepare": _prepare,
+    "bench": _bench,
     "recipes": _recipes,
 }
 

@@ -1,6 +1,5 @@
 """How long answering takes: the teacher, the student, and the student with images and texts encoded beforehand."""
 
-import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from dist_fusion.batch import PairBatch, Question, Sample, Text, answers_to
+from dist_fusion.bench.timing import interleaved
 from dist_fusion.demo.split import read_test
 from dist_fusion.models.config import ModelConfig
 from dist_fusion.models.student import Student
@@ -91,10 +91,6 @@ def _measure(what: str, teacher: nn.Module, student: nn.Module, batches: list[Ba
         "student": lambda: [student(batch) for batch in batches],
         "cached": lambda: [student.fuse(*one) for one in encoded],
     }
-    least = dict.fromkeys(cases, float("inf"))
-    for _ in range(REPEATS):
-        for name, run in cases.items():
-            began = time.perf_counter()
-            run()
-            least[name] = min(least[name], time.perf_counter() - began)
+    taken = interleaved(cases, torch.device("cpu"), seconds=0, rounds=REPEATS)
+    least = {name: min(times) / 1e3 for name, times in taken.items()}
     return Timing(what, sum(len(batch.pairs) for batch in batches), **least)

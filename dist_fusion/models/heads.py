@@ -15,7 +15,7 @@ class Features(NamedTuple):
     """What a model offers its heads."""
 
     pair: Tensor  # [P, F]
-    tokens: Tensor  # [P, L, D]
+    tokens: Tensor  # [P, L, D]; a model without a head of READ_TOKENS may leave out all but the first
     image: Tensor | None = None  # [I, D] class token of the image tower
     text: Tensor | None = None  # [T, D] class token of the text tower
 
@@ -88,6 +88,8 @@ HEADS: dict[str, Callable[[int, int, HeadSpec], nn.Module]] = {
     "token": TokenHead,
     "contrast": ContrastHead,
 }
+READ_TOKENS = {"token"}
+"""Kinds of heads that read text tokens; to the others the first is enough, from which the pair's feature comes."""
 
 
 def build_heads(specs: Mapping[str, HeadSpec], feature_width: int, width: int) -> nn.ModuleDict:

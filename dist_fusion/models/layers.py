@@ -6,6 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+EVERY = slice(None)
+"""All rows of a sequence."""
+
 
 class Stream(NamedTuple):
     """One modality on its way up through its tower."""
@@ -25,10 +28,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, L, D], mask [B, L] bool -> [B, L, D], queries and keys [B, H, L, K]."""
+    def forward(self, x: Tensor, mask: Tensor, read: slice = EVERY) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, D], mask [B, L] bool -> the rows in `read` [B, R, D], all queries and keys [B, H, L, K]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(_attend(q, k, v, mask)), q, k
+        return self.out(_attend(q[:, :, read], k, v, mask)), q, k
 
 
 class CrossAttention(nn.Module):
@@ -70,10 +73,10 @@ class Block(nn.Module):
         self.feed = FeedForward(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, L, D] -> [B, L, D], queries and keys [B, H, L, K]."""
-        attended, q, k = self.attention(self.norm_attention(x), mask)
-        x = x + self.dropout(attended)
+    def forward(self, x: Tensor, mask: Tensor, read: slice = EVERY) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, D] -> the rows in `read` [B, R, D], all queries and keys [B, H, L, K]."""
+        attended, q, k = self.attention(self.norm_attention(x), mask, read)
+        x = x[:, read] + self.dropout(attended)
         return x + self.dropout(self.feed(self.norm_feed(x))), q, k
 
 
@@ -84,10 +87,10 @@ class PostBlock(Block):
         super().__init__(width, num_heads, dropout)
         self.norm_attention, self.norm_feed = (nn.LayerNorm(width, eps=1e-12) for _ in range(2))
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, L, D] -> [B, L, D], queries and keys [B, H, L, K]."""
-        attended, q, k = self.attention(x, mask)
-        x = self.norm_attention(x + self.dropout(attended))
+    def forward(self, x: Tensor, mask: Tensor, read: slice = EVERY) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, D] -> the rows in `read` [B, R, D], queries and keys of all rows [B, H, L, K]."""
+        attended, q, k = self.attention(x, mask, read)
+        x = self.norm_attention(x[:, read] + self.dropout(attended))
         return self.norm_feed(x + self.dropout(self.feed(x))), q, k
 
 
@@ -107,12 +110,15 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6) if norm == "pre" else nn.Identity()
         self.recompute = False
 
-    def forward(self, x: Tensor, mask: Tensor, shown: frozenset[int] = frozenset()) -> Stream:
-        """x [B, L, D] -> its Stream; hidden layers not in `shown`, and not the last, stay below as they are."""
-        hidden = []
+    def forward(self, x: Tensor, mask: Tensor, shown: frozenset[int] = frozenset(), read: slice = EVERY) -> Stream:
+        """x [B, L, D] -> its Stream; hidden layers not in `shown`, and not the last, stay below as they are.
+
+        Of the last layer only the rows in `read` are finished, [B, R, D]; its queries and keys are of all rows.
+        """
+        hidden, last = [], len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x, q, k = run(block, x, mask, recompute=self.recompute)
-            hidden.append(self.norm(x) if i in shown or i == len(self.blocks) - 1 else x)
+            x, q, k = run(block, x, mask, read if i == last else EVERY, recompute=self.recompute)
+            hidden.append(self.norm(x) if i in shown or i == last else x)
         return Stream(hidden, q, k, mask)
 
 
@@ -144,7 +150,7 @@ class CrossLayer(nn.Module):
         return self.norms["feed"](x + self.dropout(self.feed(x))), query, key
 
 
-def run(layer: nn.Module, *inputs: Tensor, recompute: bool) -> Any:
+def run(layer: nn.Module, *inputs: Any, recompute: bool) -> Any:
     """`layer(*inputs)`; with `recompute` only the inputs are kept for the backward pass (arXiv:1604.06174)."""
     return checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from dist_fusion.models.config import ModelConfig
 from dist_fusion.models.embeddings import ImageEmbedding, TextEmbedding
-from dist_fusion.models.heads import Features, build_heads
+from dist_fusion.models.heads import READ_TOKENS, Features, build_heads
 from dist_fusion.models.layers import Encoder, initialise
 from dist_fusion.types import Batch, HeadSpec, Output, Tap
 
@@ -23,6 +23,7 @@ class Vilt(nn.Module):
         self.encoder = Encoder(c.width, c.num_heads, c.num_layers, c.dropout)
         self.pool = nn.Linear(c.width, c.width)
         self.heads = build_heads(heads, c.width, c.width)
+        self.reads_tokens = any(spec.kind in READ_TOKENS for spec in heads.values())
         initialise(self, c.width)
 
     def forward(self, batch: Batch) -> Output:
@@ -30,10 +31,11 @@ class Vilt(nn.Module):
         image_row, text_row = batch.pairs.unbind(1)
         text, text_mask = self.text_embedding(batch.text_ids)[text_row], batch.text_mask[text_row]
         image, image_mask = (x[image_row] for x in self.image_embedding(batch.images, batch.image_slot))
-        joint = self.encoder(torch.cat([text, image], 1), torch.cat([text_mask, image_mask], 1))
         words, patches = slice(None, text.shape[1]), slice(text.shape[1], None)
+        read = words if self.reads_tokens else slice(None, 1)
+        joint = self.encoder(torch.cat([text, image], 1), torch.cat([text_mask, image_mask], 1), read=read)
         top = joint.hidden[-1]
-        features = Features(torch.tanh(self.pool(top[:, 0])), top[:, words])
+        features = Features(torch.tanh(self.pool(top[:, 0])), top)
         return Output(
             {task: head(features, batch.targets[task].rows) for task, head in self.heads.items()},
             {

@@ -1,0 +1,1 @@
+"""How fast our parts are beside others' (`dist-fusion bench`)."""
