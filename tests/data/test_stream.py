@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from itertools import islice
 
 import pytest
@@ -213,3 +216,30 @@ def test_questions_and_pictures_travel_with_their_answers(stream_of, shards):
     for asked, image, answer in zip(target.kind.tolist(), images.tolist(), colour.tolist(), strict=True):
         if asked == 0:
             assert answer == number[batch.image_id[image].item()] % 3 == batch.images[image].mean((1, 2)).argmax()
+
+
+HASHED = """
+import sys
+from hashlib import sha256
+from itertools import islice
+from dist_fusion.data.stream import DataConfig, Plan, Stream
+from dist_fusion.data.text import Tokenizer
+from dist_fusion.tasks import TASKS
+
+folder = sys.argv[1]
+tasks = {"mlm": TASKS["mlm"](probability=0.3), "itm": TASKS["itm"](block=3), "itc": TASKS["itc"]()}
+config = DataConfig(shards=(folder,), shuffle_buffer=10, texts_per_image=1)
+stream = Stream(config, tasks, Tokenizer(f"{folder}/vocab.txt", 16), 8, Plan(6, 0, 1, 5))
+print(sha256(repr([one.batch for one in islice(stream, 6)]).encode()).hexdigest())
+"""
+
+
+def test_batches_do_not_depend_on_how_python_hashes_strings(shards):
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", HASHED, str(shards)], env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(told) == 1

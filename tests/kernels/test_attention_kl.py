@@ -156,3 +156,45 @@ def test_the_squared_distance_knows_padding_weights_and_head_maps():
     torch.testing.assert_close(swapped, attention_l2(query, key, teacher_query, teacher_key))
     with pytest.raises(ValueError, match="2 heads and the teacher 1"):
         attention_l2(query, key, teacher_query[:, :1], teacher_key[:, :1])
+
+
+def test_counting_padded_queries_gives_dides_mean():
+    """Without a query mask every row counts, as in DiDE's code: `mean(sum(kl_div))` over pairs, heads and queries."""
+    query, key, teacher_query, teacher_key = taps(pairs=2, heads=3, queries=6, keys=4)
+    key_mask = torch.tensor([[True, True, True, False]] * 2)
+    scale, outside = query.shape[-1] ** -0.5, ~key_mask[:, None, None]
+    student, teacher = (
+        (q @ k.transpose(-2, -1) * scale).masked_fill(outside, torch.finfo(torch.float32).min)
+        for q, k in ((query, key), (teacher_query, teacher_key))
+    )
+    dide = torch.nn.functional.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="none").sum(-1).mean()
+    torch.testing.assert_close(attention_kl(query, key, teacher_query, teacher_key, key_mask=key_mask), dide)
+    valid = torch.arange(6) < 2
+    masked = attention_kl(
+        query, key, teacher_query, teacher_key, query_mask=valid.expand(2, 6), key_mask=key_mask, pair_weight=None
+    )
+    rows = torch.nn.functional.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="none").sum(-1)
+    torch.testing.assert_close(masked, rows[:, :, :2].mean())
+
+
+def test_a_row_with_a_single_valid_key_has_no_loss_and_no_nan():
+    inputs = [x.requires_grad_() for x in taps(pairs=2, keys=3)]
+    only = torch.tensor([[True, False, False], [False, False, True]])
+    loss = attention_kl(*inputs, key_mask=only)
+    loss.backward()
+    assert abs(loss.item()) < 1e-7
+    assert all(torch.isfinite(x.grad).all() for x in inputs[:2])
+
+
+def test_each_model_is_scaled_by_its_own_head_width():
+    query, key, _, _ = taps(width=4)
+    wide_query, wide_key = (torch.cat([x, torch.zeros_like(x)], -1) * 2**0.25 for x in (query, key))
+    loss = attention_kl(query, key, wide_query, wide_key)  # twice as wide, the same rows
+    assert abs(loss.item()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_is_never_negative_under_autocast(dtype):
+    query, key, _, _ = (x.to(dtype) for x in taps(pairs=8, heads=4, queries=20, keys=49, width=64))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention_kl(query, key, query, key).item() >= -1e-6

@@ -203,3 +203,11 @@ def test_one_tower_alone_does_not_fill_a_dual_encoder(tmp_path):
     with pytest.raises(UserError, match="it does not fit in text_embedding"):
         initialise_from(model, card, str(tmp_path / "vit.pth"), "initialise_from")
     assert isinstance(card, ModelCard)
+
+
+def test_two_towers_do_not_start_a_fusion_encoder(tmp_path):
+    card, before = student()
+    save_model(tmp_path, card, before.state_dict())
+    other, model = student(kind="fusion-encoder")
+    with pytest.raises(UserError, match="is a dual-encoder, which a fusion-encoder cannot start from"):
+        initialise_from(model, other, str(tmp_path), "initialise_from")

@@ -211,3 +211,79 @@ def test_a_broken_or_foreign_model_folder_is_refused_in_one_message(saved_teache
     (Path(saved_teacher) / "model.json").write_text(broken)
     with pytest.raises(UserError, match=r"teacher\.folder|unknown key"):
         load_model(saved_teacher, "teacher.folder")
+
+
+@pytest.mark.parametrize("level", range(0, 256, 15))
+def test_no_colour_makes_a_patch_padding_in_bf16(level):
+    """ViLT reads padding off pixels that sum to 0, which happens to real colours in bf16; here the mask is explicit."""
+    model = tiny.model(tiny.model_config("fusion-encoder"), tiny.TEACHING).to(torch.bfloat16).eval()
+    colour = torch.tensor([level, 382 - level if level >= 127 else 255, max(0, 127 - level)]) / 127.5 - 1
+    images = colour.view(1, 3, 1, 1).expand(2, 3, 16, 16).to(torch.bfloat16)
+    _, mask = model.image_embedding(images, torch.zeros(2, dtype=torch.int64))
+    assert mask.shape == (2, 5)
+    assert mask.all()
+
+
+def test_both_models_see_the_same_pixels_and_the_same_token_ids(teacher, batch):
+    student, seen = tiny.model(tiny.model_config(), tiny.PRETRAINING), {}
+    for name, model in (("student", student), ("teacher", teacher)):
+        for part in ("image_embedding", "text_embedding"):
+            getattr(model, part).register_forward_hook(
+                lambda _, given, out, key=(name, part): seen.update({key: given[0].clone()})
+            )
+    student(batch)
+    tiny.lessons(teacher, batch)
+    for part in ("image_embedding", "text_embedding"):
+        assert torch.equal(seen["student", part], seen["teacher", part])
+
+
+def test_taps_come_before_any_dropout_of_the_attention():
+    """In training, with half of everything dropped, a row over the valid keys still sums to one."""
+    student = tiny.model(tiny.model_config(dropout=0.5), tiny.PRETRAINING).train()
+    for tap in student(tiny.batch(tiny.PRETRAINING, tiny.samples(4))).taps.values():
+        scores = (tap.query @ tap.key.transpose(-2, -1)).masked_fill(~tap.key_mask[:, None, None], float("-inf"))
+        torch.testing.assert_close(scores.softmax(-1).sum(-1), torch.ones(scores.shape[:-1]))
+        assert (tap.query != 0).float().mean() > 0.99
+
+
+def test_norms_have_the_epsilons_of_the_models_they_copy():
+    """1e-6 in ViT's blocks, 1e-12 in BERT's embeddings and word head, 1e-5 in bridges, cross layers and classifiers."""
+    eps = {
+        name: part.eps
+        for kind in ("dual-encoder", "fusion-encoder")
+        for name, part in tiny.model(tiny.model_config(kind), {"mlm": tiny.TASKS["mlm"]()}).named_modules()
+        if isinstance(part, torch.nn.LayerNorm)
+    }
+    for name, value in eps.items():
+        expected = 1e-6 if "blocks" in name or name.endswith(("tower.norm", "encoder.norm")) else 1e-5
+        assert value == (1e-12 if name in ("text_embedding.norm", "heads.mlm.norm") else expected), name
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_smallest_batches_give_finite_losses(count, teacher):
+    tasks = tiny.PRETRAINING | {"itm": tiny.TASKS["itm"](block=1)}
+    small = tiny.batch(tasks, tiny.samples(count))
+    student = tiny.model(tiny.model_config(), tasks)
+    config = DistillConfig(targets="both", soft=1.0)
+    loss = objective(config, tasks, small, student(small), tiny.lessons(teacher, small), row_weights([small], tasks))
+    loss.total.backward()
+    assert all(torch.isfinite(term) for term in loss.terms.values())
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+
+
+def test_the_word_loss_gives_no_gradient_at_words_that_are_not_masked(teacher, batch):
+    student = tiny.model(tiny.model_config(fusion="shallow"), {"mlm": tiny.PRETRAINING["mlm"]})
+    tokens = {}
+
+    def keep(module, given, out):
+        out.tokens.retain_grad()
+        tokens["x"] = out.tokens
+
+    student.fusion.register_forward_hook(keep)
+    task, target = tiny.PRETRAINING["mlm"], batch.targets["mlm"]
+    (lesson,) = tiny.lessons(teacher, batch)
+    task.soft_loss(student(batch).logits["mlm"], lesson.output.logits["mlm"]).sum().backward()
+    touched = tokens["x"].grad.abs().sum(-1) > 0
+    masked = torch.zeros_like(touched)
+    masked[target.rows.unbind(1)] = True
+    assert torch.equal(touched, masked)
