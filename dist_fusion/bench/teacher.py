@@ -23,7 +23,7 @@ from dist_fusion.types import Batch, HeadSpec, Vocabulary, to_device
 VOCABULARY = Vocabulary(30522, 0, 101, 102, 103)
 CAPTION = (10, 15)  # tokens, [CLS] and [SEP] included
 HEADS = {"itm": HeadSpec("linear", 2), "mlm": HeadSpec("token", VOCABULARY.size)}
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far outputs may be from transformers' in fp32; the norms' epsilons differ (1e-6 and 1e-12)."""
 
 
