@@ -1,7 +1,7 @@
 """Our ViLT as a teacher beside transformers' ViltModel: the same weights, images and texts in both.
 
-What counts is what distillation reads: the logits of the teacher's heads, and its last block's attention (ours shows
-queries and keys, transformers the maps of all blocks; neither can be told to do less).
+What counts is what distillation reads: the logits of the teacher's heads, and its last block's attention. Ours shows
+queries and keys; transformers shows attention maps, of all blocks or of none.
 """
 
 from collections.abc import Iterator
