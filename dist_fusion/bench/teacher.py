@@ -1,7 +1,7 @@
 """Our ViLT as a teacher beside transformers' ViltModel: the same weights, images and texts in both.
 
-What counts is what distillation reads: the logits of the teacher's heads, and its last block's attention (ours shows
-queries and keys, transformers the maps of all blocks; neither can be told to do less).
+What counts is what distillation reads: the logits of the teacher's heads, and its last block's attention. Ours shows
+queries and keys; transformers shows attention maps, of all blocks or of none.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from dist_fusion.types import Batch, HeadSpec, Output, Vocabulary, to_device
 VOCABULARY = Vocabulary(30522, 0, 101, 102, 103)
 CAPTION = (10, 15)  # tokens, [CLS] and [SEP] included
 HEADS = {"itm": HeadSpec("linear", 2), "mlm": HeadSpec("token", VOCABULARY.size)}
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far outputs may be from transformers' in fp32; the norms' epsilons differ (1e-6 and 1e-12)."""
 
 
