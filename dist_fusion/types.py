@@ -6,6 +6,9 @@ Shape letters, everywhere in this package:
     L text tokens    N image tokens    M query tokens    H heads    K head width    D model width    C classes
 """
 
+import json
+from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +21,11 @@ class Target(NamedTuple):
     A batch carries one for each of its tasks, with zero rows if need be, so that every rank calls every head.
     """
 
-    rows: Tensor  # [R, n] int64: pairs (n a row), (pair, position) of tokens, or (image row, text row)
+    rows: Tensor  # [R, n] int64: pairs (n a row; -1 is none), (pair, position) of tokens, or (image row, text row)
     labels: Tensor  # [R] int64, [R, C] float scores, or [R, 2] content ids
     weight: Tensor  # [R] float: 0 where the row must not count
     kind: Tensor  # [R] int64: which of the task's kinds the row is scored under
+    group: Tensor  # [R] int64 content id: the rows that are right only together
 
 
 class Batch(NamedTuple):
@@ -62,6 +66,11 @@ class HeadSpec(NamedTuple):
     num_outputs: int
     num_pairs: int = 1
     meaning: str = ""  # digest of the outputs' names in their order, where a file gives them
+
+
+def meaning_of(outputs: Sequence[str]) -> str:
+    """A short digest of the names of a head's outputs in their order."""
+    return sha256(json.dumps(list(outputs)).encode()).hexdigest()[:16]
 
 
 class Vocabulary(NamedTuple):

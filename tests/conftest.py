@@ -64,7 +64,7 @@ def vocabulary() -> Vocabulary:
 def make_sample():
     """Builds samples by hand; a text is a tuple of word numbers, each one token."""
 
-    def make(position, texts=(), *, image=None, captions=(), questions=()) -> Sample:
+    def make(position, texts=(), *, image=None, captions=(), questions=(), statements=()) -> Sample:
         name = position if image is None else image
         return Sample(
             images=(torch.full((3, 4, 4), float(name)),),
@@ -72,6 +72,7 @@ def make_sample():
             texts=tuple(map(make_text, texts)),
             captions=frozenset(make_text(words).content for words in (*texts, *captions)),
             questions=tuple(question._replace(text=make_text(question.text)) for question in questions),
+            statements=tuple(statement._replace(text=make_text(statement.text)) for statement in statements),
             position=position,
             visit=f"7/{position}",
         )

@@ -56,6 +56,7 @@ def samples(count: int, seed: int = 0, start: int = 0, captions: int = 10**9) ->
                 texts=(caption,),
                 captions=frozenset({caption.content}),
                 questions=questions,
+                statements=(),
                 position=position,
                 visit=f"{seed}/{position}",
             )

@@ -11,7 +11,11 @@ from torch import Tensor
 from dist_fusion.batch import Lays
 from dist_fusion.tasks.itc import Itc
 from dist_fusion.tasks.itm import Itm
+from dist_fusion.tasks.measures import Judged, Score, Verdict
 from dist_fusion.tasks.mlm import Mlm
+from dist_fusion.tasks.nlvr2 import Nlvr2
+from dist_fusion.tasks.retrieval import Retrieval
+from dist_fusion.tasks.snli_ve import SnliVe
 from dist_fusion.tasks.vqa import Vqa
 from dist_fusion.types import HeadSpec, Target, Vocabulary
 
@@ -28,12 +32,28 @@ class Task(Lays, Protocol):
 
     def soft_loss(self, student: Tensor, teacher: Tensor) -> Tensor: ...
 
-    def score(self, logits: Tensor, target: Target) -> Tensor: ...
+    def judge(self, logits: Tensor, target: Target) -> Verdict: ...
 
     def kinds(self) -> tuple[str, ...]: ...  # what scores are split by
 
+    def classes(self) -> tuple[str, ...]: ...  # of its answers, where it helps to see which was taken for which
 
-TASKS: dict[str, type[Task]] = {"mlm": Mlm, "itm": Itm, "itc": Itc, "vqa": Vqa}
+    def measures(self, judged: Judged) -> dict[str, Score]: ...  # what only all rows together can tell
+
+
+TASKS: dict[str, type[Task]] = {
+    "mlm": Mlm,
+    "itm": Itm,
+    "itc": Itc,
+    "vqa": Vqa,
+    "nlvr2": Nlvr2,
+    "snli_ve": SnliVe,
+    "retrieval": Retrieval,
+}
 """Tasks by the name they have in a recipe."""
-TEACHABLE = {"mlm", "itm", "vqa"}
+TEACHABLE = {"mlm", "itm", "vqa", "nlvr2", "snli_ve", "retrieval"}
 """Tasks with a soft-label loss; contrast has none in the paper (a fusion encoder has no vectors to compare)."""
+PAIRED = {"nlvr2"}
+"""Tasks that look at two images of a sample."""
+BLOCKED = {"itm", "retrieval"}
+"""Tasks that draw inside blocks of samples; their `block` says of how many."""
