@@ -12,7 +12,7 @@ import torch
 import dist_fusion
 from dist_fusion import train
 from dist_fusion.config import RECIPES, load
-from dist_fusion.data import easy_vqa
+from dist_fusion.data import easy_forms, easy_vqa
 from dist_fusion.data.stream import Plan, Stream
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.demo.run import SIZES, demo
@@ -23,7 +23,11 @@ from dist_fusion.schema import UserError, nearest
 
 INTERRUPTED = 130
 """What a shell reports of a command that Ctrl-C ended."""
-PREPARE: dict[str, Callable[[Path], object]] = {"easy-vqa": easy_vqa.prepare}
+PREPARE: dict[str, Callable[[Path], object]] = {
+    "easy-vqa": easy_vqa.prepare,
+    "easy-nlvr2": easy_forms.prepare_nlvr2,
+    "easy-snli-ve": easy_forms.prepare_snli_ve,
+}
 """Data sets by name: what writes their shards into a folder."""
 
 

@@ -72,7 +72,7 @@ class Stream(IterableDataset[Loaded]):
             asked = ", ".join(tasks)
             raise UserError(
                 f"data.shards {', '.join(config.shards)} has no sample with what {asked} needs (texts, questions, "
-                "statements; one image or two)"
+                "statements, or a second image)"
             )
 
     def starting_at(self, start: int) -> "Stream":

@@ -161,7 +161,9 @@ def test_what_a_task_cannot_use_is_passed_over(stream_of, tmp_path, shards):
     stream = stream_of(shards=(str(tmp_path),), endless=False, micro_batch=6)
     assert stream.num_samples == 2
     assert names(taken(stream, None)) == [content_id(f"image {tmp_path.name}/00000.tar/{i}") for i in (0, 3)]
-    with pytest.raises(UserError, match=r"has no sample with what vqa needs \(texts or questions\)"):
+    with pytest.raises(
+        UserError, match=r"has no sample with what vqa needs \(texts, questions, statements, or a second image\)"
+    ):
         stream_of(shards=(str(tmp_path),), tasks={"vqa": TASKS["vqa"]()})
 
 
