@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from dist_fusion.batch import Sample, Text
+from dist_fusion.data.easy_forms import prepare_nlvr2, prepare_snli_ve
 from dist_fusion.data.easy_vqa import prepare as prepare_easy_vqa
 from dist_fusion.data.shards import write_shards
 from dist_fusion.data.text import train_vocabulary
@@ -52,6 +53,22 @@ def easy_vqa(tmp_path_factory) -> Path:
     """The whole of easy-VQA as shards (three seconds)."""
     folder = tmp_path_factory.mktemp("easy-vqa")
     prepare_easy_vqa(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def easy_nlvr2(tmp_path_factory) -> Path:
+    """easy-VQA's pictures in pairs, with sentences about both."""
+    folder = tmp_path_factory.mktemp("easy-nlvr2")
+    prepare_nlvr2(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def easy_snli_ve(tmp_path_factory) -> Path:
+    """easy-VQA's pictures, plain and covered, with hypotheses."""
+    folder = tmp_path_factory.mktemp("easy-snli-ve")
+    prepare_snli_ve(folder)
     return folder
 
 

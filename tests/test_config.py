@@ -72,6 +72,8 @@ def test_a_dump_keeps_any_number_and_any_string(tmp_path_factory, optimizer, see
         (["optimizer.betas=[0.9]"], "optimizer.betas.1 is missing"),
         (["tasks.itm=[1]"], "tasks.itm is [1]"),
         (["tasks.itm=7"], "tasks.itm is 7"),
+        (["tasks.snli_ve={labels: [a, b]}"], "it must be three different names"),
+        (["tasks.retrieval={block: 8}"], "negatives is 15 and block 8; there can be 1 to block - 1 negatives"),
         (["teacher={}"], "teacher.folder is missing"),
         (["steps"], "'steps' is no override; write key.sub=value"),
         (["steps=[1"], "the value of 'steps=[1' is not YAML"),
@@ -183,6 +185,23 @@ def test_a_global_batch_must_divide_by_ranks_and_accumulation():
     assert config.micro_batch(2) == 8
     with pytest.raises(UserError, match="global_batch 32 does not divide by accumulation 2 x 3 ranks = 6"):
         config.micro_batch(3)
+
+
+@pytest.mark.parametrize(("slots", "legal"), [(1, False), (2, True), (3, True)])
+def test_a_task_of_two_images_needs_a_model_with_two_slots(slots, legal):
+    overrides = ["tasks={nlvr2: {}}", f"model.num_slots={slots}"]
+    if legal:
+        assert load(TEACHER, overrides).active_tasks() == {"nlvr2": TASKS["nlvr2"]()}
+        return
+    with pytest.raises(UserError, match=r"tasks\.nlvr2 looks at two images of a sample; set model\.num_slots=2"):
+        load(TEACHER, overrides)
+
+
+def test_a_micro_batch_must_be_a_multiple_of_every_block():
+    tasks = "tasks={itm: {block: 4}, retrieval: {block: 8, negatives: 3}}"
+    assert load(TEACHER, [tasks, "global_batch=32"]).micro_batch(4) == 8
+    with pytest.raises(UserError, match=r"a micro-batch is 12 samples .* no multiple of tasks\.retrieval\.block 8"):
+        load(TEACHER, [tasks, "global_batch=48"]).micro_batch(4)
 
 
 def test_a_micro_batch_must_be_a_multiple_of_the_matching_block():

@@ -64,12 +64,12 @@ class _Sample(NamedTuple):
 
 def prepare_nlvr2(folder: Path) -> dict[str, Counts]:
     """Write `train`, `dev` and `test` shards of pairs, `vocab.txt` and `prepare.json`."""
-    return _prepare(folder, [sentence.text for sentence in sentences()], _pairs)
+    return _prepare(folder, _pairs)
 
 
 def prepare_snli_ve(folder: Path) -> dict[str, Counts]:
     """Write `train`, `dev` and `test` shards of images with hypotheses, `vocab.txt` and `prepare.json`."""
-    return _prepare(folder, list(hypotheses()), _images)
+    return _prepare(folder, _images)
 
 
 def sentences() -> list[Sentence]:
@@ -119,12 +119,11 @@ def _things() -> dict[str, frozenset[Scene]]:
     return {**colours, **{shape: frozenset((colour, shape) for colour in COLOURS) for shape in SHAPES}}
 
 
-def _prepare(
-    folder: Path, texts: Sequence[str], make: Callable[[str, Sequence[Picture]], list[_Sample]]
-) -> dict[str, Counts]:
+def _prepare(folder: Path, make: Callable[[str, Sequence[Picture]], list[_Sample]]) -> dict[str, Counts]:
     folder.mkdir(parents=True, exist_ok=True)
     captions = [f"a {colour} {shape}" for colour, shape in sorted(SCENES)]
-    train_vocabulary([*texts, *captions], 200, folder / "vocab.txt")
+    texts = [*(sentence.text for sentence in sentences()), *hypotheses(), *captions]
+    train_vocabulary(texts, 200, folder / "vocab.txt")  # the same for both forms: one model may learn both
     counts = {}
     for name, split in read_splits().items():
         samples = make(name, _pictures(split))

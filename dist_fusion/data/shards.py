@@ -112,8 +112,8 @@ def _check_question(question: Mapping[str, Any]) -> None:
 
 def _check_statement(statement: Mapping[str, Any]) -> None:
     """Refuse a statement that could not be judged later; a label must be a string, since bool("False") is true."""
-    strings = all(isinstance(statement[key], str) for key in ("text", "label"))
-    if not strings or not isinstance(statement.get("group", ""), str) or "id" not in statement:
+    well = isinstance(statement, dict) and statement.keys() >= {"id", "text", "label"}
+    if not well or not all(isinstance(statement.get(key, ""), str) for key in ("text", "label", "group")):
         raise ValueError('a statement must be {"id", "text": text, "label": text} and may have "group": text')
 
 

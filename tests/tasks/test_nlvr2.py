@@ -5,8 +5,10 @@ from hypothesis import strategies as st
 
 from dist_fusion.batch import PairBatch, Statement, Supply, answers_to, content_id
 from dist_fusion.distill import DistillConfig, objective, row_weights
+from dist_fusion.kernels import attention_kl
 from dist_fusion.schema import UserError
 from dist_fusion.tasks import TASKS
+from dist_fusion.tasks.measures import Judged
 from tests import tiny
 
 TASK = TASKS["nlvr2"]()
@@ -55,7 +57,8 @@ def test_another_label_is_refused_and_samples_of_one_image_or_no_statement_are_p
         TASK.eligible(Supply(images=2, texts=0, questions=0, labels=("True", "1")))
     assert not TASK.eligible(Supply(images=1, texts=0, questions=0, labels=("entailment",)))
     assert not TASK.eligible(Supply(images=2, texts=3, questions=3, labels=()))
-    made, target = laid([make_sample(0, statements=[Statement("0", (1,), "entailment", "")])], vocabulary)
+    one_image = make_sample(0, statements=[Statement("0", (1,), "entailment", "")])
+    _, target = laid([one_image], vocabulary)
     assert target.rows.shape == (0, 2) and target.labels.shape == target.group.shape == (0,)
 
 
@@ -65,11 +68,10 @@ ROWS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(0, 5
 @settings(max_examples=60, deadline=None)
 @given(ROWS)
 def test_consistency_counts_the_sentences_that_are_right_on_all_their_pairs(rows):
-    from dist_fusion.evaluate import _counted
-
     labels, answers, groups = (torch.tensor(column) for column in zip(*rows, strict=True))
     target = answers_to([(0, 0)] * len(rows), 2, labels, group=groups.tolist())
-    judged = _counted(target, TASK.judge(torch.nn.functional.one_hot(answers, 2).float(), target))
+    verdict = TASK.judge(torch.nn.functional.one_hot(answers, 2).float(), target)
+    judged = Judged(target.kind, target.group, *verdict)
     right = [all(label == answer for label, answer, g in rows if g == group) for group in {g for *_, g in rows}]
     assert tuple(TASK.measures(judged)["consistency"]) == (sum(right), len(right))
 
@@ -80,6 +82,10 @@ def attention_loss(student, taught, batch):
     return objective(config, tasks, batch, student(batch), taught, row_weights([batch], tasks)).total.item()
 
 
+def two_images(count):
+    return [sample for sample in tiny.samples(2 * count, paired=True) if len(sample.images) == 2]
+
+
 @pytest.fixture(scope="module")
 def models():
     tasks = {"nlvr2": TASK}
@@ -88,15 +94,13 @@ def models():
 
 
 def test_each_image_is_matched_with_the_teachers_view_of_that_image(models):
-    """A student that attends like the teacher is only told so while both look at the same image of the pair."""
+    """A student that attends like the teacher has no loss, and one that is shown the other image of the pair has."""
     _, teacher = models
-    batch = tiny.batch({"nlvr2": TASK}, [sample for sample in tiny.samples(8, paired=True) if len(sample.images) == 2])
+    batch = tiny.batch({"nlvr2": TASK}, two_images(4))
     taps = teacher(batch).taps
     rows = batch.targets["nlvr2"].rows
     swapped = torch.empty(len(batch.pairs), dtype=torch.int64)
     swapped[rows[:, 0]], swapped[rows[:, 1]] = rows[:, 1], rows[:, 0]
-    from dist_fusion.kernels import attention_kl
-
     for tap in taps.values():
         same, other = (
             attention_kl(tap.query, tap.key, tap.query[order], tap.key[order], query_mask=tap.query_mask,
@@ -107,22 +111,23 @@ def test_each_image_is_matched_with_the_teachers_view_of_that_image(models):
 
 
 def test_the_right_image_has_a_modality_row_of_its_own_in_both_models(models):
-    batch = tiny.batch({"nlvr2": TASK}, [sample for sample in tiny.samples(4, paired=True) if len(sample.images) == 2])
+    batch = tiny.batch({"nlvr2": TASK}, two_images(2))
     for model in models:
-        before = model(batch).logits["nlvr2"]
-        with torch.no_grad():
-            model.image_embedding.modality.weight[1] += 1
-        after = model(batch)
-        assert not torch.equal(after.logits["nlvr2"], before)
-        left = batch._replace(image_slot=torch.zeros_like(batch.image_slot))
-        with torch.no_grad():
-            model.image_embedding.modality.weight[1] -= 1
-        assert torch.equal(model(left).logits["nlvr2"], model(left).logits["nlvr2"])
+        tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.num_embeddings == 2]
+        taps = model(batch).taps
+        assert tables
+        for table in tables:
+            with torch.no_grad():
+                table.weight[1] += torch.randn(16, generator=torch.Generator().manual_seed(0))
+        rows = batch.targets["nlvr2"].rows
+        for site, tap in model(batch).taps.items():
+            left, right = (torch.equal(tap.key[rows[:, slot]], taps[site].key[rows[:, slot]]) for slot in range(2))
+            assert (left and not right) or site == "tower.i2t"  # there the keys are the text's, which saw no image
 
 
 def test_both_pairs_of_a_statement_weigh_as_much_in_attention_distillation(models):
     student, teacher = models
-    (sample,) = [sample for sample in tiny.samples(2, paired=True) if len(sample.images) == 2]
+    (sample,) = two_images(1)
     twins = sample._replace(images=(sample.images[0],) * 2)
     for model in models:
         with torch.no_grad():
