@@ -89,7 +89,9 @@ def _evaluate(given: argparse.Namespace) -> int:
         raise UserError(f"{given.run} is no run: it has no config.yaml")
     config = load(recipe)
     card, model = restore_model(given.run, "the run to evaluate", given.task)
-    config = replace(config, tasks=replace(config.tasks, **dict.fromkeys(config.active_tasks().keys() - card.heads)))
+    if given.task:
+        left_out = dict.fromkeys(config.active_tasks().keys() - set(given.task))
+        config = replace(config, tasks=replace(config.tasks, **left_out))
     data = replace(config.data, shards=tuple(given.shards))
     tokenizer = Tokenizer(data.vocabulary, card.config.max_text_length)
     require_same_reading(train.model_card(config, tokenizer), card, given.run, "the run to evaluate")
