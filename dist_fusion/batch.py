@@ -6,12 +6,15 @@ A `Sample` is one image (or pair of images) with all its texts, as read from a s
 
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
-from typing import NamedTuple, Protocol
+from random import Random
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from dist_fusion.types import Batch, Target, Vocabulary
+
+T = TypeVar("T")
 
 
 class Text(NamedTuple):
@@ -35,14 +38,24 @@ class Question(NamedTuple):
     kind: str
 
 
+class Statement(NamedTuple):
+    """A sentence about a sample's images, and what it is to them: true, false, entailed, …."""
+
+    id: str
+    text: Text
+    label: str
+    group: str  # statements of one group are right only together (NLVR2's consistency): the sentence, if not told
+
+
 class Sample(NamedTuple):
     """One decoded sample of the stream."""
 
-    images: tuple[Tensor, ...]  # each [3, h, w]
+    images: tuple[Tensor, ...]  # one, or left and right; each [3, h, w]
     image_ids: tuple[int, ...]  # content ids
     texts: tuple[Text, ...]  # those drawn for this visit
     captions: frozenset[int]  # content ids of all its texts, drawn or not
     questions: tuple[Question, ...]
+    statements: tuple[Statement, ...]
     position: int  # in the stream, over all epochs and ranks
     visit: str  # seed of everything drawn for this sample at this visit
 
@@ -50,6 +63,20 @@ class Sample(NamedTuple):
 def content_id(string: str) -> int:
     """A number that is equal for equal strings (63 bits, the same on every machine)."""
     return int.from_bytes(blake2b(string.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Supply(NamedTuple):
+    """How much a sample of a shard has of what tasks ask for."""
+
+    images: int
+    texts: int
+    questions: int
+    labels: tuple[str, ...]  # of its statements
+
+
+def drawn(items: Sequence[T], limit: int, seed: str) -> Sequence[T]:
+    """`limit` of the items, drawn by `seed`; all of them, in their order, if they are no more or the limit is 0."""
+    return Random(seed).sample(items, limit) if 0 < limit < len(items) else items
 
 
 class _Picture(NamedTuple):
@@ -123,7 +150,7 @@ class PairBatch:
 class Lays(Protocol):
     """What the stream needs of a task."""
 
-    def eligible(self, num_texts: int, num_questions: int) -> bool: ...  # can a sample with so many be used?
+    def eligible(self, supply: Supply) -> bool: ...  # can such a sample be used? UserError for an unknown label
 
     def lay(self, batch: PairBatch, samples: Sequence[Sample]) -> None: ...
 
@@ -135,13 +162,14 @@ def integers(values: Iterable[int | Sequence[int]], width: int = 0) -> Tensor:
 
 def answers_to(
     rows: Sequence[Sequence[int]], width: int, labels: Tensor, *, weight: Sequence[float] | None = None,
-    kind: Sequence[int] | None = None,
+    kind: Sequence[int] | None = None, group: Sequence[int] | None = None,
 ) -> Target:  # fmt: skip
-    """A Target whose rows weigh 1 and are of kind 0 unless told."""
+    """A Target whose rows weigh 1, are of kind 0 and of one group unless told."""
     count = len(rows)
     return Target(
         rows=integers(rows, width),
         labels=labels,
         weight=torch.tensor([1.0] * count if weight is None else list(weight), dtype=torch.float32),
         kind=integers([0] * count if kind is None else kind),
+        group=integers([0] * count if group is None else group),
     )

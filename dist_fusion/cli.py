@@ -13,7 +13,7 @@ import dist_fusion
 from dist_fusion import train
 from dist_fusion.bench.run import BENCHES, DEVICES, bench
 from dist_fusion.config import RECIPES, load
-from dist_fusion.data import easy_vqa
+from dist_fusion.data import easy_forms, easy_vqa
 from dist_fusion.data.stream import Plan, Stream
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.demo.run import SIZES, demo
@@ -21,10 +21,15 @@ from dist_fusion.demo.stages import Interrupted
 from dist_fusion.evaluate import evaluate
 from dist_fusion.models.weights import require_same_reading, restore_model
 from dist_fusion.schema import UserError, nearest
+from dist_fusion.tasks import to_score
 
 INTERRUPTED = 130
 """What a shell reports of a command that Ctrl-C ended."""
-PREPARE: dict[str, Callable[[Path], object]] = {"easy-vqa": easy_vqa.prepare}
+PREPARE: dict[str, Callable[[Path], object]] = {
+    "easy-vqa": easy_vqa.prepare,
+    "easy-nlvr2": easy_forms.prepare_nlvr2,
+    "easy-snli-ve": easy_forms.prepare_snli_ve,
+}
 """Data sets by name: what writes their shards into a folder."""
 
 
@@ -47,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one = commands.add_parser("evaluate", help="score a finished run on shards")
     one.add_argument("run", type=Path, help="its folder")
     one.add_argument("--shards", nargs="+", required=True, help="folders of tars")
+    one.add_argument("--task", nargs="+", default=[], help="of the run's tasks; all if not given")
 
     one = commands.add_parser("prepare", help="make shards of a data set")
     one.add_argument("dataset", help=f"one of: {', '.join(PREPARE)}")
@@ -85,27 +91,25 @@ def _train(given: argparse.Namespace) -> int:
 
 
 def _evaluate(given: argparse.Namespace) -> int:
-    """Print the scores by kind and write them to `evaluate.json` in the run's folder."""
+    """Print the scores and measures and write them to `evaluate.json` in the run's folder."""
     recipe = given.run / "config.yaml"
     if not recipe.is_file():
         raise UserError(f"{given.run} is no run: it has no config.yaml")
     config = load(recipe)
-    card, model = restore_model(given.run, "the run to evaluate")
+    card, model = restore_model(given.run, "the run to evaluate", given.task)
+    if given.task:
+        left_out = dict.fromkeys(config.active_tasks().keys() - set(given.task))
+        config = replace(config, tasks=replace(config.tasks, **left_out))
     data = replace(config.data, shards=tuple(given.shards))
     tokenizer = Tokenizer(data.vocabulary, card.config.max_text_length)
     require_same_reading(train.model_card(config, tokenizer), card, given.run, "the run to evaluate")
-    tasks = config.active_tasks()
+    tasks = to_score(config.active_tasks())
     plan = Plan(config.micro_batch(1), rank=0, world_size=1, seed=config.seed)
     stream = Stream(data, tasks, tokenizer, card.config.image_size, plan, endless=False)
-    scores, skipped = evaluate(model, tasks, stream, torch.device("cpu"))
-    table = {t: {k: {"percent": s.percent, "rows": s.rows} for k, s in kinds.items()} for t, kinds in scores.items()}
-    result = {"shards": given.shards, "scores": table, "skipped_samples": skipped}
-    (given.run / "evaluate.json").write_text(json.dumps(result, indent=2) + "\n")
-    for task, kinds in scores.items():
-        for kind, score in kinds.items():
-            sys.stdout.write(f"{task:<8} {kind:<16} {score.percent:6.2f} % of {score.rows:,}\n")
-    if skipped:
-        sys.stdout.write(f"{skipped:,} samples could not be read and were not scored\n")
+    found = evaluate(model, tasks, stream, torch.device("cpu"))
+    table = {"shards": given.shards, **found.as_json()}
+    (given.run / "evaluate.json").write_text(json.dumps(table, indent=2) + "\n")
+    sys.stdout.write(found.as_text())
     return train.DONE
 
 

@@ -20,7 +20,7 @@ from dist_fusion.models.config import ModelConfig
 from dist_fusion.models.initial import Towers
 from dist_fusion.models.teachers import TeacherConfig
 from dist_fusion.schema import UserError, build, dotted, nearest, section
-from dist_fusion.tasks import TASKS, TEACHABLE, Task
+from dist_fusion.tasks import BLOCKED, PAIRED, TASKS, TEACHABLE, Task
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -91,13 +91,15 @@ class Config:
                 f"global_batch {self.global_batch} does not divide by accumulation {self.accumulation} x "
                 f"{world_size} ranks = {ways}"
             )
-        micro, block = self.global_batch // ways, self.tasks.itm.block if self.tasks.itm else 1
-        if micro % block:
-            raise UserError(
-                f"a micro-batch is {micro} samples (global_batch {self.global_batch} / accumulation "
-                f"{self.accumulation} / {world_size} ranks), which is no multiple of tasks.itm.block {block}: matching "
-                "draws its negatives inside blocks, so that they do not depend on the ranks"
-            )
+        micro = self.global_batch // ways
+        for name in self.active_tasks():
+            block = getattr(self.tasks, name).block if name in BLOCKED else 1
+            if micro % block:
+                raise UserError(
+                    f"a micro-batch is {micro} samples (global_batch {self.global_batch} / accumulation "
+                    f"{self.accumulation} / {world_size} ranks), which is no multiple of tasks.{name}.block {block}: "
+                    "negatives are drawn inside blocks, so that they do not depend on the ranks"
+                )
         return micro
 
 
@@ -249,6 +251,9 @@ def check(config: Config) -> None:
         raise UserError(f"tasks is empty; name at least one of {', '.join(TASKS)}")
     if model.kind not in CONTRASTIVE and "itc" in tasks:
         raise UserError(f"tasks.itc needs a vector for each image and text, and a {model.kind} has none; leave itc out")
+    paired = ", ".join(f"tasks.{name}" for name in tasks if name in PAIRED)
+    if paired and model.num_slots < 2:
+        raise UserError(f"{paired} looks at two images of a sample; set model.num_slots=2 (it is {model.num_slots})")
     sites = TARGETS[distill.targets]
     if model.kind == "fusion-encoder" and sites:
         raise UserError("distill.targets must be none for a fusion-encoder: it has no towers and no bridge to teach")

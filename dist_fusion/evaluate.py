@@ -1,9 +1,10 @@
-"""Scores of a model on a task's shards, exact on any number of ranks: sums travel, never means.
+"""Scores of a model on a task's shards, exact on any number of ranks: judged rows travel, never means.
 
 Ranks get unequal shares of the samples, the last share may be empty, and yet each takes the same number of forwards.
+No sample is given to two ranks, and none is repeated to fill a batch, so each row is judged once.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,33 +14,50 @@ from dist_fusion import distributed
 from dist_fusion.data.stream import Loaded
 from dist_fusion.monitor import log
 from dist_fusion.tasks import Task
-from dist_fusion.types import to_device
-
-
-class Score(NamedTuple):
-    """The sum of the scores of some rows, and how many rows."""
-
-    total: float
-    rows: int
-
-    @property
-    def percent(self) -> float:
-        """The mean in percent, nan without rows."""
-        return 100 * self.total / self.rows if self.rows else float("nan")
-
-    def __add__(self, other: "Score") -> "Score":  # type: ignore[override]
-        return Score(self.total + other.total, self.rows + other.rows)
+from dist_fusion.tasks.measures import Confusion, Judged, Score, Verdict, confusion, score_by_kind
+from dist_fusion.types import Target, to_device
 
 
 class Evaluation(NamedTuple):
-    """What one pass over some shards gave."""
+    """What one pass over some shards gave, of tasks that have rows there."""
 
-    scores: dict[str, dict[str, Score]]  # task -> kind -> Score, without kinds that have no rows
+    scores: dict[str, dict[str, Score]]  # task -> kind or measure -> Score
+    confusions: dict[str, Confusion]  # of tasks that name their classes
     skipped: int  # samples that could not be read, and so were not scored
 
     def percents(self, where: str) -> dict[str, float]:
         """The percentages by path, for the log."""
-        return {f"{where}/{t}/{k}": s.percent for t, kinds in self.scores.items() for k, s in kinds.items()}
+        return {f"{where}/{task}/{name}": s.percent for task, found in self.scores.items() for name, s in found.items()}
+
+    def as_json(self) -> dict[str, object]:
+        """All of it, for a file."""
+        return {
+            "scores": {
+                task: {name: {"percent": score.percent, "rows": score.rows} for name, score in found.items()}
+                for task, found in self.scores.items()
+            },
+            "confusions": {task: matrix._asdict() for task, matrix in self.confusions.items()},
+            "skipped_samples": self.skipped,
+        }
+
+    def as_text(self) -> str:
+        """All of it, for people."""
+        lines = [
+            f"{task:<10} {name:<16} {score.percent:6.2f} % of {score.rows:,}"
+            for task, found in self.scores.items()
+            for name, score in found.items()
+        ]
+        for task, matrix in self.confusions.items():
+            lines += [f"\n{task}: each label (down) and the answers it got (across)", *_table(matrix)]
+        if self.skipped:
+            lines.append(f"{self.skipped:,} samples could not be read and were not scored")
+        return "".join(f"{line}\n" for line in lines)
+
+
+def _table(matrix: Confusion) -> list[str]:
+    width = max(len(name) for name in matrix.classes) + 2
+    rows = zip(("", *matrix.classes), (matrix.classes, *matrix.counts), strict=True)
+    return [f"{name:<{width}}" + "".join(f"{cell:>{width}}" for cell in row) for name, row in rows]
 
 
 @torch.no_grad()
@@ -49,8 +67,7 @@ def evaluate(
     """The scores of `model` over one pass of `batches`, the same on every rank. Collective."""
     training = model.training
     model.eval()
-    kinds = {name: task.kinds() for name, task in tasks.items()}
-    sums = {name: torch.zeros(len(kinds[name]), 2, dtype=torch.float64) for name in tasks}
+    parts: dict[str, list[Judged]] = {name: [] for name in tasks}
     skipped = 0
     for loaded in batches:
         for sample in loaded.skipped:
@@ -60,13 +77,28 @@ def evaluate(
         output = model(batch)
         for name, task in tasks.items():
             target = batch.targets[name]
-            score = task.score(output.logits[name], target).double()
-            counted = target.weight.double()
-            sums[name].index_add_(0, target.kind.cpu(), torch.stack([score * counted, counted], 1).cpu())
+            parts[name].append(_counted(target, task.judge(output.logits[name], target)))
     model.train(training)
-    told = torch.tensor([[float(skipped), 0.0]], dtype=torch.float64)
-    *table, (all_skipped, _) = distributed.summed(torch.cat([*sums.values(), told]).to(device)).tolist()
-    each = iter(Score(total, round(rows)) for total, rows in table)
-    scores = {name: {kind: next(each) for kind in kinds[name]} for name in tasks}
-    seen = {name: {kind: score for kind, score in by_kind.items() if score.rows} for name, by_kind in scores.items()}
-    return Evaluation(seen, round(all_skipped))
+    judged = {name: _of_all_ranks(mine, device) for name, mine in parts.items()}
+    found = {name: rows for name, rows in judged.items() if len(rows.score)}
+    return Evaluation(
+        {name: score_by_kind(rows, tasks[name].kinds()) | tasks[name].measures(rows) for name, rows in found.items()},
+        {name: confusion(rows, tasks[name].classes()) for name, rows in found.items() if tasks[name].classes()},
+        int(distributed.summed(torch.tensor([skipped], device=device)).item()),
+    )
+
+
+def _counted(target: Target, verdict: Verdict) -> Judged:
+    """The rows that count."""
+    counts = target.weight > 0
+    rows = Judged(target.kind, target.group, verdict.label, verdict.answer, verdict.score.double())
+    return Judged(*(column[counts].cpu() for column in rows))
+
+
+def _of_all_ranks(mine: Sequence[Judged], device: torch.device) -> Judged:
+    """The rows of every rank, on every rank. Collective."""
+    numbers = [torch.zeros(0, 4, dtype=torch.int64)]
+    numbers += [torch.stack([rows.kind, rows.group, rows.label, rows.answer], 1) for rows in mine]
+    scores = [torch.zeros(0, dtype=torch.float64), *(rows.score for rows in mine)]
+    kind, group, label, answer = distributed.gather_rows(torch.cat(numbers).to(device)).cpu().unbind(1)
+    return Judged(kind, group, label, answer, distributed.gather_rows(torch.cat(scores).to(device)).cpu())

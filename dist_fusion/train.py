@@ -46,7 +46,7 @@ from dist_fusion.models.weights import ModelCard, build_model, save_model
 from dist_fusion.monitor import Interval, Monitor, log, start_console
 from dist_fusion.preemption import StopRequest
 from dist_fusion.schema import UserError
-from dist_fusion.tasks import Task
+from dist_fusion.tasks import Task, to_score
 from dist_fusion.tasks.vqa import read_answers
 from dist_fusion.types import meaning_of, to_device
 
@@ -104,7 +104,7 @@ def prepare(config: Config, device: torch.device) -> Parts:
     held_out = replace(config.data, shards=config.data.dev)
     dev = None
     if config.evaluate_every:
-        dev = Stream(held_out, tasks, tokenizer, config.model.image_size, plan, endless=False)
+        dev = Stream(held_out, to_score(tasks), tokenizer, config.model.image_size, plan, endless=False)
     identity = {
         **{f"model.{key}": value for key, value in asdict(config.model).items()},
         "heads": card.heads,

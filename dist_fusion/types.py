@@ -21,10 +21,11 @@ class Target(NamedTuple):
     A batch carries one for each of its tasks, with zero rows if need be, so that every rank calls every head.
     """
 
-    rows: Tensor  # [R, n] int64: pairs (n a row), (pair, position) of tokens, or (image row, text row)
+    rows: Tensor  # [R, n] int64: pairs (n a row; -1 is none), (pair, position) of tokens, or (image row, text row)
     labels: Tensor  # [R] int64, [R, C] float scores, or [R, 2] content ids
     weight: Tensor  # [R] float: 0 where the row must not count
     kind: Tensor  # [R] int64: which of the task's kinds the row is scored under
+    group: Tensor  # [R] int64 content id: the rows that are right only together
 
 
 class Batch(NamedTuple):

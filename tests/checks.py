@@ -27,16 +27,19 @@ from tests import tiny
 CPU = torch.device("cpu")
 
 
-def losses(recipe: str, overrides: list[str], stage: int, accumulation: int, counts: list[list[int]]) -> dict:
+def losses(
+    recipe: str, overrides: list[str], stage: int, accumulation: int, counts: list[list[int]], finetuning: bool = False
+) -> dict:
     """The global losses of some steps of this number of ranks, and what became of the teacher.
 
     `counts[step]` samples are dealt to micro-steps and ranks in contiguous, possibly unequal or empty shares, so that
     one process and many see the same samples in the same micro-steps.
     """
     config = load(recipe, [*overrides, f"deepspeed=zero{stage}", f"accumulation={accumulation}"])
-    tasks = tiny.PRETRAINING
-    student = tiny.model(tiny.model_config(), tasks)
-    teacher = tiny.model(tiny.model_config("fusion-encoder", dropout=0.5), tiny.TEACHING, seed=1)
+    tasks, taught = (tiny.FINETUNING,) * 2 if finetuning else (tiny.PRETRAINING, tiny.TEACHING)
+    slots = 2 if finetuning else 1
+    student = tiny.model(tiny.model_config(num_slots=slots), tasks)
+    teacher = tiny.model(tiny.model_config("fusion-encoder", dropout=0.5, num_slots=slots), taught, seed=1)
     teacher = teacher.requires_grad_(False).eval()
     distill = DistillConfig(targets="both", soft=1.0)
     ranks, rank = distributed.world_size(), distributed.rank()
@@ -48,7 +51,7 @@ def losses(recipe: str, overrides: list[str], stage: int, accumulation: int, cou
         for micro in range(accumulation):
             dealt = shares[2 * micro : 2 * micro + 2]  # of two ranks; one process takes both
             size, offset = (sum(dealt), 0) if ranks == 1 else (dealt[rank], sum(dealt[:rank]))
-            mine.append(tiny.batch(tasks, tiny.samples(size, start=start + offset)))
+            mine.append(tiny.batch(tasks, tiny.samples(size, start=start + offset, paired=finetuning)))
             start += sum(dealt)
         rows = distributed.summed(row_weights(mine, tasks))
         total = torch.zeros(())
@@ -97,15 +100,16 @@ def contrast(sizes: list[int], captions: int) -> dict:
 def scores(count: int, micro_batch: int) -> dict:
     """The scores of a model over `count` samples, dealt to the ranks in shares that are as uneven as they can be."""
     ranks, rank = distributed.world_size(), distributed.rank()
-    student = tiny.model(tiny.model_config(), tiny.PRETRAINING)
+    tasks = {**tiny.PRETRAINING, **tiny.FINETUNING, "itm": tiny.TASKS["itm"](block=1)}
+    student = tiny.model(tiny.model_config(num_slots=2), tasks)
     step = micro_batch * ranks
     batches = []
     for begin in range(0, count, step):
         mine = range(begin + rank * micro_batch, min(begin + (rank + 1) * micro_batch, count, begin + step))
-        dealt = [sample for position in mine for sample in tiny.samples(1, start=position)]
-        batches.append(Loaded(tiny.batch(tiny.PRETRAINING | {"itm": tiny.TASKS["itm"](block=1)}, dealt), ()))
-    table = evaluate(student, {"mlm": tiny.PRETRAINING["mlm"]}, batches, CPU).scores
-    return {kind: list(score) for kind, score in table["mlm"].items()}
+        dealt = [sample for position in mine for sample in tiny.samples(1, start=position, paired=True)]
+        batches.append(Loaded(tiny.batch(tasks, dealt), ()))
+    judged = {name: tasks[name] for name in ("mlm", "nlvr2", "snli_ve")}
+    return evaluate(student, judged, batches, CPU).as_json()
 
 
 def stop_flag(folder: str, told: int | None) -> list[bool]:

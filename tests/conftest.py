@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from dist_fusion.batch import Sample, Text
+from dist_fusion.data.easy_forms import prepare_nlvr2, prepare_snli_ve
 from dist_fusion.data.easy_vqa import prepare as prepare_easy_vqa
 from dist_fusion.data.shards import write_shards
 from dist_fusion.data.text import train_vocabulary
@@ -56,6 +57,22 @@ def easy_vqa(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def easy_nlvr2(tmp_path_factory) -> Path:
+    """easy-VQA's pictures in pairs, with sentences about both."""
+    folder = tmp_path_factory.mktemp("easy-nlvr2")
+    prepare_nlvr2(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def easy_snli_ve(tmp_path_factory) -> Path:
+    """easy-VQA's pictures, plain and covered, with hypotheses."""
+    folder = tmp_path_factory.mktemp("easy-snli-ve")
+    prepare_snli_ve(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def vocabulary() -> Vocabulary:
     return Vocabulary(size=60, pad=0, cls=2, sep=3, mask=4)
 
@@ -64,7 +81,7 @@ def vocabulary() -> Vocabulary:
 def make_sample():
     """Builds samples by hand; a text is a tuple of word numbers, each one token."""
 
-    def make(position, texts=(), *, image=None, captions=(), questions=()) -> Sample:
+    def make(position, texts=(), *, image=None, captions=(), questions=(), statements=()) -> Sample:
         name = position if image is None else image
         return Sample(
             images=(torch.full((3, 4, 4), float(name)),),
@@ -72,6 +89,7 @@ def make_sample():
             texts=tuple(map(make_text, texts)),
             captions=frozenset(make_text(words).content for words in (*texts, *captions)),
             questions=tuple(question._replace(text=make_text(question.text)) for question in questions),
+            statements=tuple(statement._replace(text=make_text(statement.text)) for statement in statements),
             position=position,
             visit=f"7/{position}",
         )

@@ -4,6 +4,7 @@ import pytest
 
 from dist_fusion import cli, train
 from dist_fusion.config import RECIPES
+from dist_fusion.data.easy_forms import DRAWS
 
 
 def test_recipes_lists_every_shipped_recipe_with_what_it_is(capsys):
@@ -46,6 +47,37 @@ evaluate_every: 3
     printed = capsys.readouterr().out
     table = json.loads((tmp_path / "vqa" / "evaluate.json").read_text())["scores"]["vqa"]
     logged = [json.loads(line) for line in (tmp_path / "vqa" / "metrics.jsonl").read_text().splitlines()][-1]
+    with_tasks = ["evaluate", str(tmp_path / "vqa"), "--shards", str(shards), "--task"]
+    assert cli.main([*with_tasks, "vqa"]) == train.DONE
+    assert capsys.readouterr().out == printed
+    assert cli.main([*with_tasks, "vqa", "vaq"]) == train.MISTAKE
+    assert "has no head for 'vaq'; did you mean 'vqa'?; it has vqa" in capsys.readouterr().err
     for kind, score in table.items():
         assert f"{score['percent']:6.2f}" in printed
         assert logged[f"dev/vqa/{kind}"] == pytest.approx(score["percent"], nan_ok=True)  # on two ranks, in training
+
+
+def test_a_run_of_several_tasks_is_scored_on_those_that_are_named(two_ranks, easy_snli_ve, tmp_path, capsys):
+    recipe = tmp_path / "both.yaml"
+    recipe.write_text(
+        f"""
+name: both
+runs: {tmp_path}
+steps: 2
+global_batch: 16
+tasks: {{mlm: , retrieval: {{block: 8, negatives: 3}}, snli_ve: }}
+model: {{width: 16, num_heads: 2, num_layers: 1, num_fusion_layers: 1, image_size: 32, patch_size: 16}}
+data: {{shards: [{easy_snli_ve}/dev], vocabulary: {easy_snli_ve}/vocab.txt}}
+"""
+    )
+    assert two_ranks.run("run", recipe=str(recipe), overrides=[]) == [{"code": train.DONE}] * 2
+    shards = ["--shards", str(easy_snli_ve / "dev")]
+    assert cli.main(["evaluate", str(tmp_path / "both"), *shards, "--task", "snli_ve", "retrieval"]) == train.DONE
+    printed = capsys.readouterr().out
+    tree = json.loads((tmp_path / "both" / "evaluate.json").read_text())
+    assert set(tree["scores"]) == {"snli_ve", "retrieval"}
+    assert tree["scores"]["snli_ve"]["statements"]["rows"] == 3 * DRAWS["dev"]
+    matrix = tree["confusions"]["snli_ve"]
+    assert matrix["classes"] == ["contradiction", "entailment", "neutral"]
+    assert [sum(row) for row in matrix["counts"]] == [DRAWS["dev"]] * 3
+    assert any(line.split()[0] == "neutral" for line in printed.splitlines() if line)

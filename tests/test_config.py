@@ -57,7 +57,7 @@ def test_a_dump_keeps_any_number_and_any_string(tmp_path_factory, optimizer, see
     [
         (["stpes=3"], "unknown key 'stpes'; did you mean 'steps'?"),
         (["Steps=3"], "unknown key 'Steps'; did you mean 'steps'?"),
-        (["quark=3"], "unknown key 'quark'; known keys: accumulation, data, deepspeed"),
+        (["quark=3"], "unknown key 'quark'; known keys: accumulation, activation_checkpointing, compile, data"),
         (["model.fuson=virt"], "unknown key 'model.fuson'; did you mean 'fusion'?"),
         (["tasks.itm.blok=3"], "unknown key 'tasks.itm.blok'; did you mean 'block'?"),
         (["tasks.imt.block=3"], "unknown key 'tasks.imt'; did you mean 'itm'?"),
@@ -77,6 +77,8 @@ def test_a_dump_keeps_any_number_and_any_string(tmp_path_factory, optimizer, see
         (["teachers.0.weight=0"], "weight is 0"),
         (["teachers.0.tasks=[itc]"], "teachers.0.tasks names 'itc', which it cannot teach here; it can be mlm, itm"),
         (["teachers.0.precision=fp8"], "it can be auto, fp32, bf16, fp16"),
+        (["tasks.snli_ve={labels: [a, b]}"], "it must be three different names"),
+        (["tasks.retrieval={block: 8}"], "negatives is 15 and block 8; there can be 1 to block - 1 negatives"),
         (["steps"], "'steps' is no override; write key.sub=value"),
         (["steps=[1"], "the value of 'steps=[1' is not YAML"),
         (["steps=0"], "steps is 0; it must be at least 1"),
@@ -187,6 +189,23 @@ def test_a_global_batch_must_divide_by_ranks_and_accumulation():
     assert config.micro_batch(2) == 8
     with pytest.raises(UserError, match="global_batch 32 does not divide by accumulation 2 x 3 ranks = 6"):
         config.micro_batch(3)
+
+
+@pytest.mark.parametrize(("slots", "legal"), [(1, False), (2, True), (3, True)])
+def test_a_task_of_two_images_needs_a_model_with_two_slots(slots, legal):
+    overrides = ["tasks={nlvr2: {}}", f"model.num_slots={slots}"]
+    if legal:
+        assert load(TEACHER, overrides).active_tasks() == {"nlvr2": TASKS["nlvr2"]()}
+        return
+    with pytest.raises(UserError, match=r"tasks\.nlvr2 looks at two images of a sample; set model\.num_slots=2"):
+        load(TEACHER, overrides)
+
+
+def test_a_micro_batch_must_be_a_multiple_of_every_block():
+    tasks = "tasks={itm: {block: 4}, retrieval: {block: 8, negatives: 3}}"
+    assert load(TEACHER, [tasks, "global_batch=32"]).micro_batch(4) == 8
+    with pytest.raises(UserError, match=r"a micro-batch is 12 samples .* no multiple of tasks\.retrieval\.block 8"):
+        load(TEACHER, [tasks, "global_batch=48"]).micro_batch(4)
 
 
 def test_a_micro_batch_must_be_a_multiple_of_the_matching_block():

@@ -1,5 +1,7 @@
 """What must hold on several ranks, run on two real ones (gloo, DeepSpeed) that all these tests share."""
 
+import json
+
 import pytest
 import torch
 
@@ -25,6 +27,14 @@ def test_every_zero_stage_gives_the_losses_of_one_process(two_ranks, one_rank, t
             assert not reply["teacher has gradients"]
 
 
+def test_tasks_of_statements_and_ranks_have_the_losses_of_one_process_too(two_ranks, one_rank, tiny_recipe):
+    """With pairs of images, candidates, their soft labels and attention, and ranks without a row of some task."""
+    arguments = {"recipe": str(tiny_recipe), "overrides": [], "stage": 2, "accumulation": 1, "finetuning": True}
+    alone = one_rank.run("losses", counts=UNEVEN, **arguments)[0]["losses"]
+    for reply in two_ranks.run("losses", counts=UNEVEN, **arguments):
+        assert reply["losses"] == pytest.approx(alone, rel=2e-5)
+
+
 @pytest.mark.parametrize("sizes", [[4, 4], [5, 3], [7, 0]])
 @pytest.mark.parametrize("captions", [10**9, 3])
 def test_contrast_on_two_ranks_equals_one_process_with_the_whole_batch(two_ranks, sizes, captions):
@@ -40,8 +50,9 @@ def test_contrast_on_two_ranks_equals_one_process_with_the_whole_batch(two_ranks
 
 @pytest.mark.parametrize("count", [7, 8, 9, 1])
 def test_scores_on_uneven_ranks_are_those_of_one_process(two_ranks, count):
-    alone = checks.scores(count, 2)
-    assert alone["masked tokens"][1] >= count
+    alone = json.loads(json.dumps(checks.scores(count, 2)))
+    assert alone["scores"]["mlm"]["masked tokens"]["rows"] >= count
+    assert alone["scores"]["snli_ve"]["statements"]["rows"] == 2 * -(-count // 2)
     for reply in two_ranks.run("scores", count=count, micro_batch=2):
         assert reply == alone
 

@@ -150,7 +150,7 @@ def captions(size: Size, pad_multiple: int) -> Batch:
         words = tuple(draw.randrange(1000, 30000) for _ in range(draw.randint(*CAPTION) - 2))
         text = Text((VOCABULARY.cls, *words, VOCABULARY.sep), (None, *range(len(words)), None))
         image = torch.randn(3, side, side, generator=pixels)
-        sample = Sample((image,), (n,), (text,), frozenset({text.content}), (), n, str(n))
+        sample = Sample((image,), (n,), (text,), frozenset({text.content}), (), (), n, str(n))
         batch.pair(sample, batch.image(sample), batch.text(text), attention=1.0)
     zeros = torch.zeros(2 * size.pairs, dtype=torch.int64)
     batch.ask("itm", answers_to([(n,) for n in range(size.pairs)], 1, zeros[: size.pairs]))

@@ -38,6 +38,14 @@ class Facts(NamedTuple):
         return None
 
 
+class Split(NamedTuple):
+    """The images of a split by number, with what is asked about them."""
+
+    source: str  # of the numbers
+    questions: Mapping[int, Sequence[tuple[str, str]]]  # (question, answer)
+    paths: Mapping[int, Path]
+
+
 class Counts(NamedTuple):
     """What was written of one split."""
 
@@ -48,26 +56,32 @@ class Counts(NamedTuple):
 
 def prepare(folder: Path) -> dict[str, Counts]:
     """Write `train`, `dev` and `test` shards, `answers.json`, `vocab.txt` (learned on train) and `prepare.json`."""
-    train, test = _by_image(get_train_questions()), _by_image(get_test_questions())
-    dev = set(Random("easy-vqa dev").sample(sorted(train), DEV_IMAGES))
-    splits = {
-        "train": ({i: q for i, q in train.items() if i not in dev}, get_train_image_paths()),
-        "dev": ({i: q for i, q in train.items() if i in dev}, get_train_image_paths()),
-        "test": (test, get_test_image_paths()),
-    }
+    splits = read_splits()
     folder.mkdir(parents=True, exist_ok=True)
     answers = sorted(get_answers())
     (folder / "answers.json").write_text(json.dumps({"answers": answers, "kinds": KINDS}) + "\n")
-    words = [q for questions in splits["train"][0].values() for q, _ in questions] + list(SHAPES) + list(COLOURS)
+    words = [q for questions in splits["train"].questions.values() for q, _ in questions] + list(SHAPES) + list(COLOURS)
     train_vocabulary(words, 200, folder / "vocab.txt")
     counts = {}
-    for split, (questions, paths) in splits.items():
-        write_shards(folder / split, _samples(split, questions, paths), SAMPLES_PER_SHARD)
-        captions = sum(facts(asked).caption() is not None for asked in questions.values())
-        counts[split] = Counts(len(questions), captions, sum(map(len, questions.values())))
+    for name, split in splits.items():
+        write_shards(folder / name, _samples(split), SAMPLES_PER_SHARD)
+        captions = sum(facts(asked).caption() is not None for asked in split.questions.values())
+        counts[name] = Counts(len(split.questions), captions, sum(map(len, split.questions.values())))
     written = {split: count._asdict() for split, count in counts.items()}
     (folder / "prepare.json").write_text(json.dumps(written, indent=2) + "\n")  # last: its presence says all is there
     return counts
+
+
+def read_splits() -> dict[str, Split]:
+    """`train`, `dev` and `test`, disjoint by image."""
+    train, test = _by_image(get_train_questions()), _by_image(get_test_questions())
+    dev = set(Random("easy-vqa dev").sample(sorted(train), DEV_IMAGES))
+    paths = {image: Path(path) for image, path in get_train_image_paths().items()}
+    return {
+        "train": Split("easy-vqa/train", {i: q for i, q in train.items() if i not in dev}, paths),
+        "dev": Split("easy-vqa/train", {i: q for i, q in train.items() if i in dev}, paths),
+        "test": Split("easy-vqa/test", test, {image: Path(path) for image, path in get_test_image_paths().items()}),
+    }
 
 
 def facts(asked: Sequence[tuple[str, str]]) -> Facts:
@@ -101,25 +115,28 @@ def _by_image(read: tuple[list[str], list[str], list[int]]) -> dict[int, list[tu
     return dict(by_image)
 
 
-def _samples(
-    split: str, questions: Mapping[int, Sequence[tuple[str, str]]], paths: Mapping[int, str]
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    source = "test" if split == "test" else "train"
-    for image in sorted(questions):
-        caption = facts(questions[image]).caption()
+def _samples(split: Split) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for image in sorted(split.questions):
+        caption = facts(split.questions[image]).caption()
+        name = f"{split.source}/{image}"
         sample = {
-            "image_id": f"easy-vqa/{source}/{image}",
+            "image_id": name,
             "source": "easy-vqa",
             "texts": [caption] if caption else [],
             "questions": [
-                {"id": f"{source}/{image}/{n}", "question": question, "answers": {answer: 1.0}, "kind": kind_of(answer)}
-                for n, (question, answer) in enumerate(questions[image])
+                {
+                    "id": f"{name.removeprefix('easy-vqa/')}/{n}",
+                    "question": question,
+                    "answers": {answer: 1.0},
+                    "kind": kind_of(answer),
+                }
+                for n, (question, answer) in enumerate(split.questions[image])
             ],
         }
         yield (
             f"{image:09d}",
             {
-                "png": Path(paths[image]).read_bytes(),
+                "png": split.paths[image].read_bytes(),
                 "txt": (caption or "").encode(),
                 "json": json.dumps(sample).encode(),
             },

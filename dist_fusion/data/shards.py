@@ -1,7 +1,7 @@
 """Tars of samples: `<key>.{jpg,png,webp}` (two images: `<key>.left.jpg`, `<key>.right.jpg`) and `<key>.json`.
 
-The JSON holds only the keys it has of: image_id, source, texts, and
-questions [{id, question, answers {answer: score}, kind}].
+The JSON holds only the keys it has of: image_id, source, texts, questions [{id, question, answers {answer: score},
+kind}], and statements [{id, text, label, group}].
 img2dataset's tars are read as they are: their `<key>.txt` is one text. Only these members are looked at, so nothing
 in a shard can run code: a pickle is passed over, and a path must be a plain local file, never a `pipe:` or an address.
 """
@@ -27,6 +27,7 @@ class Record(NamedTuple):
     image_ids: tuple[str, ...]
     texts: tuple[str, ...]
     questions: tuple[Mapping[str, Any], ...]
+    statements: tuple[Mapping[str, Any], ...]
 
 
 def find_shards(folders: Sequence[str]) -> list[str]:
@@ -102,11 +103,18 @@ def _is_cut_off(shard: Path) -> bool:
         return head[257:262] == b"ustar" and (size % 512 > 0 or any(file.read()))
 
 
-def _check(question: Mapping[str, Any]) -> None:
+def _check_question(question: Mapping[str, Any]) -> None:
     """Refuse a question that could not be asked later, in the middle of training, on one rank alone."""
     well = isinstance(question["question"], str) and isinstance(question["answers"], dict) and "id" in question
     if not well or not all(isinstance(score, int | float) for score in question["answers"].values()):
         raise ValueError('a question must be {"id", "question": text, "answers": {answer: score}}')
+
+
+def _check_statement(statement: Mapping[str, Any]) -> None:
+    """Refuse a statement that could not be judged later; a label must be a string, since bool("False") is true."""
+    well = isinstance(statement, dict) and statement.keys() >= {"id", "text", "label"}
+    if not well or not all(isinstance(statement.get(key, ""), str) for key in ("text", "label", "group")):
+        raise ValueError('a statement must be {"id", "text": text, "label": text} and may have "group": text')
 
 
 def _looked_at(name: str) -> bool:
@@ -117,12 +125,15 @@ def _record(raw: Mapping[str, Any]) -> Record:
     key = f"{raw['__url__']}/{raw['__key__']}"
     try:
         tree = json.loads(raw.get("json", b"{}"))
-        texts, questions = tree.get("texts") or [raw.get("txt", b"").decode()], tree.get("questions") or []
-        if not isinstance(texts, list) or not isinstance(questions, list):
-            raise ValueError("texts and questions must be lists")
+        texts = tree.get("texts") or [raw.get("txt", b"").decode()]
+        questions, statements = (tree.get(key) or [] for key in ("questions", "statements"))
+        if not all(isinstance(given, list) for given in (texts, questions, statements)):
+            raise ValueError("texts, questions and statements must be lists")
         texts = [text for text in texts if text.strip()]
         for question in questions:
-            _check(question)
+            _check_question(question)
+        for statement in statements:
+            _check_statement(statement)
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"sample {key} has an unreadable .json or .txt: {error}") from None
     images = [raw[name] for name in sorted(raw) if name.rsplit(".", 1)[-1] in EXTENSIONS]
@@ -135,4 +146,5 @@ def _record(raw: Mapping[str, Any]) -> Record:
         image_ids=(name,) if len(images) < 2 else tuple(f"{name}/{i}" for i in range(len(images))),
         texts=tuple(texts),
         questions=tuple(questions),
+        statements=tuple(statements),
     )

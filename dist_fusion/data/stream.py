@@ -9,13 +9,12 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from random import Random
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dist_fusion.batch import Lays, PairBatch, Question, Sample, content_id
+from dist_fusion.batch import Lays, PairBatch, Question, Sample, Statement, Supply, content_id, drawn
 from dist_fusion.data.images import UnreadableImage, decode
 from dist_fusion.data.shards import Record, find_shards, read_records
 from dist_fusion.data.text import Tokenizer
@@ -71,7 +70,8 @@ class Stream(IterableDataset[Loaded]):
         if self.num_samples == 0:
             asked = ", ".join(tasks)
             raise UserError(
-                f"data.shards {', '.join(config.shards)} has no sample with what {asked} needs (texts or questions)"
+                f"data.shards {', '.join(config.shards)} has no sample with what {asked} needs (texts, questions, "
+                "statements, or a second image)"
             )
 
     def starting_at(self, start: int) -> "Stream":
@@ -128,15 +128,17 @@ class Stream(IterableDataset[Loaded]):
             epoch, skip = epoch + 1, 0
 
     def _eligible(self, record: Record) -> bool:
-        return bool(record.images) and any(
-            task.eligible(len(record.texts), len(record.questions)) for task in self._tasks.values()
-        )
+        labels = tuple(statement["label"] for statement in record.statements)
+        supply = Supply(len(record.images), len(record.texts), len(record.questions), labels)
+        try:
+            usable = [task.eligible(supply) for task in self._tasks.values()]
+        except UserError as error:
+            raise UserError(f"sample {record.key}: {error}") from None
+        return bool(record.images) and any(usable)
 
     def _sample(self, position: int, record: Record) -> Sample:
         visit = f"{self._plan.seed}/{position}"
-        texts, limit = record.texts, self._config.texts_per_image
-        if 0 < limit < len(texts):
-            texts = tuple(Random(f"{visit}/texts").sample(texts, limit))
+        texts = drawn(record.texts, self._config.texts_per_image, f"{visit}/texts")
         return Sample(
             images=tuple(decode(image, self._image_size) for image in record.images),
             image_ids=tuple(content_id(f"image {name}") for name in record.image_ids),
@@ -145,6 +147,10 @@ class Stream(IterableDataset[Loaded]):
             questions=tuple(
                 Question(str(q["id"]), self._tokenizer(q["question"]), q["answers"], q.get("kind", ""))
                 for q in record.questions
+            ),
+            statements=tuple(
+                Statement(str(s["id"]), self._tokenizer(s["text"]), s["label"], s.get("group", s["text"]))
+                for s in record.statements
             ),
             position=position,
             visit=visit,

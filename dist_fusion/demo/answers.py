@@ -9,8 +9,9 @@ import torch
 
 from dist_fusion.data.shards import find_shards, read_records
 from dist_fusion.demo.split import TASK, read_test
-from dist_fusion.evaluate import Score, evaluate
+from dist_fusion.evaluate import evaluate
 from dist_fusion.models.weights import restore_model
+from dist_fusion.tasks.measures import Score
 
 ROWS = {"teacher": "teacher-vqa", "student": "student-vqa", "undistilled": "undistilled-vqa"}
 """Row of the table -> the run whose model answers."""

@@ -76,7 +76,7 @@ def full_size(num_images: int, questions_per_image: int) -> Timing:
         asked = [tuple(draw.randrange(1000, 30000) for _ in range(12)) for _ in range(questions_per_image)]
         texts = [Text(ids, tuple(range(12))) for ids in asked]
         questions = tuple(Question(str(i), text, {}, "") for i, text in enumerate(texts))
-        sample = Sample((torch.randn(3, 224, 224),), (n,), (), frozenset(), questions, n, str(n))
+        sample = Sample((torch.randn(3, 224, 224),), (n,), (), frozenset(), questions, (), n, str(n))
         rows += [batch.pair(sample, batch.image(sample), batch.text(text), attention=0.0) for text in texts]
     batch.ask("vqa", answers_to([(row,) for row in rows], 1, torch.zeros(len(rows), 3129)))
     built = batch.build()

@@ -20,6 +20,10 @@ class Features(NamedTuple):
     text: Tensor | None = None  # [T, D] class token of the text tower
 
 
+NO_PAIR = -1e4
+"""Score in place of a pair that is not there: its share of a softmax is 0, also in half precision."""
+
+
 class LinearHead(nn.Linear):
     """One linear layer over the features of a row's pairs (ITM)."""
 
@@ -60,6 +64,18 @@ class TokenHead(nn.Module):
         return self.decoder(self.norm(F.gelu(self.dense(asked))))
 
 
+class RankHead(nn.Linear):
+    """One linear score for each of a row's pairs, which compete (ViLT's rank output); -1 in `rows` is no pair."""
+
+    def __init__(self, feature_width: int, width: int, spec: HeadSpec):
+        super().__init__(feature_width, spec.num_outputs)
+
+    def forward(self, features: Features, rows: Tensor) -> Tensor:  # type: ignore[override]
+        """rows [R, n] -> [R, n]; where there is no pair, a score that no pair can have."""
+        scores = super().forward(features.pair).squeeze(-1)
+        return scores[rows.clamp(min=0)].masked_fill(rows < 0, NO_PAIR)
+
+
 class ContrastHead(nn.Module):
     """Similarity of each row's image and text with those of all ranks, over a learnable temperature.
 
@@ -86,6 +102,7 @@ HEADS: dict[str, Callable[[int, int, HeadSpec], nn.Module]] = {
     "linear": LinearHead,
     "classifier": ClassifierHead,
     "token": TokenHead,
+    "rank": RankHead,
     "contrast": ContrastHead,
 }
 READ_TOKENS = {"token"}

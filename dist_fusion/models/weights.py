@@ -1,7 +1,7 @@
 """A model on disk: `model.safetensors` and the `model.json` that says what it is. Neither can run code."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dist_fusion.models import MODELS
 from dist_fusion.models.config import ModelConfig
-from dist_fusion.schema import UserError, build
+from dist_fusion.schema import UserError, build, nearest
 from dist_fusion.types import HeadSpec
 
 
@@ -66,11 +66,22 @@ def load_model(folder: str | Path, wanted_by: str) -> tuple[ModelCard, dict[str,
     return card, weights
 
 
-def restore_model(folder: str | Path, wanted_by: str) -> tuple[ModelCard, nn.Module]:
-    """The card and the model of a folder, in eval mode; raises UserError like `load_model`."""
+def restore_model(folder: str | Path, wanted_by: str, tasks: Sequence[str] = ()) -> tuple[ModelCard, nn.Module]:
+    """The card and the model of a folder, in eval mode, with the heads of `tasks` only if some are given.
+
+    Raises:
+        UserError: like `load_model`, and for a task that the model has no head for.
+    """
     card, weights = load_model(folder, wanted_by)
+    for task in tasks:
+        if task not in card.heads:
+            raise UserError(
+                f"{wanted_by} {str(folder)!r} has no head for {task!r}{nearest(task, card.heads)}; it has "
+                f"{', '.join(card.heads)}"
+            )
+    card = card._replace(heads={task: head for task, head in card.heads.items() if task in tasks or not tasks})
     model = build_model(card).eval()
-    model.load_state_dict(weights)
+    model.load_state_dict({name: weights[name] for name in model.state_dict()})
     return card, model
 
 

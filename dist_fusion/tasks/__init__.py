@@ -4,6 +4,8 @@ Its class is both the task's section in a recipe and its behaviour: what it lays
 needs, its losses row by row, and how it is scored. TASKS knows nothing of models, shards or DeepSpeed.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
@@ -11,7 +13,11 @@ from torch import Tensor
 from dist_fusion.batch import Lays
 from dist_fusion.tasks.itc import Itc
 from dist_fusion.tasks.itm import Itm
+from dist_fusion.tasks.measures import Judged, Score, Verdict
 from dist_fusion.tasks.mlm import Mlm
+from dist_fusion.tasks.nlvr2 import Nlvr2
+from dist_fusion.tasks.retrieval import Retrieval
+from dist_fusion.tasks.snli_ve import SnliVe
 from dist_fusion.tasks.vqa import Vqa
 from dist_fusion.types import HeadSpec, Target, Vocabulary
 
@@ -28,12 +34,35 @@ class Task(Lays, Protocol):
 
     def soft_loss(self, student: Tensor, teacher: Tensor) -> Tensor: ...
 
-    def score(self, logits: Tensor, target: Target) -> Tensor: ...
+    def judge(self, logits: Tensor, target: Target) -> Verdict: ...
 
     def kinds(self) -> tuple[str, ...]: ...  # what scores are split by
 
+    def classes(self) -> tuple[str, ...]: ...  # of its answers, where it helps to see which was taken for which
 
-TASKS: dict[str, type[Task]] = {"mlm": Mlm, "itm": Itm, "itc": Itc, "vqa": Vqa}
+    def measures(self, judged: Judged) -> dict[str, Score]: ...  # what only all rows together can tell
+
+
+TASKS: dict[str, type[Task]] = {
+    "mlm": Mlm,
+    "itm": Itm,
+    "itc": Itc,
+    "vqa": Vqa,
+    "nlvr2": Nlvr2,
+    "snli_ve": SnliVe,
+    "retrieval": Retrieval,
+}
 """Tasks by the name they have in a recipe."""
-TEACHABLE = {"mlm", "itm", "vqa"}
+TEACHABLE = {"mlm", "itm", "vqa", "nlvr2", "snli_ve", "retrieval"}
 """Tasks with a soft-label loss; contrast has none in the paper (a fusion encoder has no vectors to compare)."""
+PAIRED = {"nlvr2"}
+"""Tasks that look at two images of a sample."""
+LIMITS = {"vqa": "questions_per_image", "snli_ve": "statements_per_image"}
+"""Keys of tasks that draw some of what an image is asked; a score is of all."""
+BLOCKED = {"itm", "retrieval"}
+"""Tasks that draw inside blocks of samples; their `block` says of how many."""
+
+
+def to_score(tasks: Mapping[str, Task]) -> dict[str, Task]:
+    """The tasks as they are scored: asking every image all that there is."""
+    return {name: replace(task, **{LIMITS[name]: 0}) if name in LIMITS else task for name, task in tasks.items()}  # type: ignore[type-var]

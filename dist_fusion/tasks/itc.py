@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dist_fusion.batch import PairBatch, Sample, answers_to, integers
+from dist_fusion.batch import PairBatch, Sample, Supply, answers_to, integers
 from dist_fusion.distributed import gather_rows
 from dist_fusion.schema import section
+from dist_fusion.tasks.measures import Judged, Score, Verdict
 from dist_fusion.types import HeadSpec, Target, Vocabulary
 
 
@@ -23,8 +24,8 @@ class Itc:
     def head(self, vocabulary: Vocabulary) -> HeadSpec:
         return HeadSpec("contrast", self.dimensions)
 
-    def eligible(self, num_texts: int, num_questions: int) -> bool:
-        return num_texts > 0
+    def eligible(self, supply: Supply) -> bool:
+        return supply.texts > 0
 
     def lay(self, batch: PairBatch, samples: Sequence[Sample]) -> None:
         """One row a text with its own image; the labels are their content ids."""
@@ -47,9 +48,17 @@ class Itc:
     def soft_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         raise AssertionError("contrast has no soft labels")
 
-    def score(self, logits: Tensor, target: Target) -> Tensor:
+    def judge(self, logits: Tensor, target: Target) -> Verdict:
+        """The score is the mean of both directions; label and answer are the image's caption. Collective."""
         best = gather_rows(target.labels)[logits.argmax(-1)]  # [R, 2, 2]
-        return (best == target.labels[:, None]).any(-1).float().mean(-1)
+        score = (best == target.labels[:, None]).any(-1).float().mean(-1)
+        return Verdict(target.labels[:, 1], best[:, 0, 1], score)
 
     def kinds(self) -> tuple[str, ...]:
         return ("rows",)
+
+    def classes(self) -> tuple[str, ...]:
+        return ()
+
+    def measures(self, judged: Judged) -> dict[str, Score]:
+        return {}

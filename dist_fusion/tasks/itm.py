@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from random import Random
 
 from torch import Tensor
 
-from dist_fusion.batch import PairBatch, Sample, answers_to, integers
+from dist_fusion.batch import PairBatch, Sample, Supply, answers_to, integers
 from dist_fusion.schema import section
 from dist_fusion.tasks.losses import hard_cross_entropy, soft_cross_entropy
+from dist_fusion.tasks.measures import Judged, Score, Verdict, pick_class
+from dist_fusion.tasks.negatives import in_blocks, legal_images
 from dist_fusion.types import HeadSpec, Target, Vocabulary
 
 
@@ -29,8 +30,8 @@ class Itm:
     def head(self, vocabulary: Vocabulary) -> HeadSpec:
         return HeadSpec("linear", 2)
 
-    def eligible(self, num_texts: int, num_questions: int) -> bool:
-        return num_texts > 0
+    def eligible(self, supply: Supply) -> bool:
+        return supply.texts > 0
 
     def lay(self, batch: PairBatch, samples: Sequence[Sample]) -> None:
         """In each block half of the texts keep their image (label 1), the others get another's (label 0).
@@ -39,8 +40,7 @@ class Itm:
         """
         rows: list[tuple[int]] = []
         labels, weight = [], []
-        for _, members in groupby(samples, key=lambda sample: sample.position // self.block):
-            block = list(members)
+        for block in in_blocks(samples, self.block):
             draw = Random(f"{block[0].visit}/itm")
             texts = [(i, text) for i, sample in enumerate(block) for text in sample.texts]
             asked = sorted(draw.sample(range(len(texts)), len(texts) // 2))
@@ -60,25 +60,28 @@ class Itm:
     def soft_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         return soft_cross_entropy(student, teacher)
 
-    def score(self, logits: Tensor, target: Target) -> Tensor:
-        return (logits.argmax(-1) == target.labels).float()
+    def judge(self, logits: Tensor, target: Target) -> Verdict:
+        return pick_class(logits, target.labels)
 
     def kinds(self) -> tuple[str, ...]:
         return ("pairs",)
+
+    def classes(self) -> tuple[str, ...]:
+        return ()
+
+    def measures(self, judged: Judged) -> dict[str, Score]:
+        return {}
 
 
 def other_images(block: Sequence[Sample], texts: Sequence[tuple[int, object]], draw: Random) -> dict[int, int]:
     """For each of `texts` (its sample in the block, itself) the sample whose image it gets, where there is one.
 
-    No image is given twice, and never one that a text may truly describe: the same image, or one with an equal caption.
-    As many texts as possible get one (augmenting paths), among them by the draw.
+    No image is given twice, and never one that a text may truly describe (`legal_images`). As many texts as possible
+    get one (augmenting paths), among them by the draw.
     """
     legal = []
     for i, _ in texts:
-        captions, pictures = block[i].captions, set(block[i].image_ids)
-        fits = [
-            j for j, other in enumerate(block) if not pictures & set(other.image_ids) and not captions & other.captions
-        ]
+        fits = legal_images(block, i)
         legal.append(draw.sample(fits, len(fits)))
     owner: dict[int, int] = {}
 

@@ -6,9 +6,10 @@ from random import Random
 
 from torch import Tensor
 
-from dist_fusion.batch import PairBatch, Sample, Text, answers_to, integers
+from dist_fusion.batch import PairBatch, Sample, Supply, Text, answers_to, integers
 from dist_fusion.schema import section
 from dist_fusion.tasks.losses import hard_cross_entropy, soft_cross_entropy
+from dist_fusion.tasks.measures import Judged, Score, Verdict, pick_class
 from dist_fusion.types import HeadSpec, Target, Vocabulary
 
 
@@ -24,8 +25,8 @@ class Mlm:
     def head(self, vocabulary: Vocabulary) -> HeadSpec:
         return HeadSpec("token", vocabulary.size)
 
-    def eligible(self, num_texts: int, num_questions: int) -> bool:
-        return num_texts > 0
+    def eligible(self, supply: Supply) -> bool:
+        return supply.texts > 0
 
     def lay(self, batch: PairBatch, samples: Sequence[Sample]) -> None:
         """One masked text and one pair for each text; the teacher gets the same masked ids."""
@@ -46,11 +47,17 @@ class Mlm:
     def soft_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         return soft_cross_entropy(student, teacher)
 
-    def score(self, logits: Tensor, target: Target) -> Tensor:
-        return (logits.argmax(-1) == target.labels).float()
+    def judge(self, logits: Tensor, target: Target) -> Verdict:
+        return pick_class(logits, target.labels)
 
     def kinds(self) -> tuple[str, ...]:
         return ("masked tokens",)
+
+    def classes(self) -> tuple[str, ...]:
+        return ()
+
+    def measures(self, judged: Judged) -> dict[str, Score]:
+        return {}
 
 
 def mask_words(text: Text, probability: float, vocabulary: Vocabulary, draw: Random) -> tuple[Text, list[int]]:

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from random import Random
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dist_fusion.batch import PairBatch, Sample, answers_to
+from dist_fusion.batch import PairBatch, Sample, Supply, answers_to, drawn
 from dist_fusion.schema import UserError, section
 from dist_fusion.tasks.losses import binary_cross_entropy, soft_binary_cross_entropy
+from dist_fusion.tasks.measures import Judged, Score, Verdict
 from dist_fusion.types import HeadSpec, Target, Vocabulary, meaning_of
 
 
@@ -38,8 +38,8 @@ class Vqa:
         answers = list(read_answers(self.answers).number)
         return HeadSpec("classifier", len(answers), meaning=meaning_of(answers))
 
-    def eligible(self, num_texts: int, num_questions: int) -> bool:
-        return num_questions > 0
+    def eligible(self, supply: Supply) -> bool:
+        return supply.questions > 0
 
     def lay(self, batch: PairBatch, samples: Sequence[Sample]) -> None:
         """One pair a question. An answer outside the list cannot be given and scores nothing."""
@@ -47,10 +47,7 @@ class Vqa:
         rows: list[tuple[int]] = []
         scores, kinds = [], []
         for sample in samples:
-            questions = sample.questions
-            if 0 < self.questions_per_image < len(questions):
-                questions = tuple(Random(f"{sample.visit}/vqa").sample(questions, self.questions_per_image))
-            for question in questions:
+            for question in drawn(sample.questions, self.questions_per_image, f"{sample.visit}/vqa"):
                 image, text = batch.image(sample), batch.text(question.text)
                 rows.append((batch.pair(sample, image, text, attention=self.attention),))
                 row = torch.zeros(len(known.number))
@@ -68,12 +65,21 @@ class Vqa:
     def soft_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         return soft_binary_cross_entropy(student, teacher)
 
-    def score(self, logits: Tensor, target: Target) -> Tensor:
-        """The score of the answer given (VQA's soft accuracy)."""
-        return target.labels.gather(1, logits.argmax(-1, keepdim=True)).squeeze(1)
+    def judge(self, logits: Tensor, target: Target) -> Verdict:
+        """The score of the answer given (VQA's soft accuracy); a question that no answer fits scores 0, and counts."""
+        answer = logits.argmax(-1)
+        best, label = target.labels.max(-1)
+        score = target.labels.gather(1, answer[:, None]).squeeze(1)
+        return Verdict(label.masked_fill(best <= 0, -1), answer, score)
 
     def kinds(self) -> tuple[str, ...]:
         return read_answers(self.answers).kinds
+
+    def classes(self) -> tuple[str, ...]:
+        return ()
+
+    def measures(self, judged: Judged) -> dict[str, Score]:
+        return {}
 
 
 @cache

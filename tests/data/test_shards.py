@@ -105,6 +105,17 @@ def test_a_question_that_could_not_be_asked_is_refused_before_training(tmp_path,
         read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "statement",
+    ["x", {"text": "x", "label": "True"}, {"id": "1", "text": "x"}, {"id": "1", "text": 3, "label": "True"},
+     {"id": "1", "text": "x", "label": True}, {"id": "1", "text": "x", "label": "True", "group": 3}],
+)  # fmt: skip
+def test_a_statement_that_could_not_be_judged_is_refused_before_training(tmp_path, statement):
+    write_tar(tmp_path / "0.tar", {"a.jpg": b"x", "a.json": tree_of(statements=[statement])})
+    with pytest.raises(UserError, match=r"0\.tar/a has an unreadable .*statement"):
+        read(tmp_path)
+
+
 def test_texts_of_the_json_come_before_the_txt(tmp_path):
     write_tar(tmp_path / "0.tar", {"a.jpg": b"x", "a.txt": b"old", "a.json": tree_of(texts=["one", " ", "two"])})
     assert read(tmp_path)[0].texts == ("one", "two")
@@ -116,7 +127,7 @@ def test_a_sample_may_have_two_images_and_questions_without_texts(tmp_path):
     write_shards(tmp_path, [("7", members)], 5)
     (record,) = read(tmp_path)
     assert record.images == (b"L", b"R") and record.image_ids == ("pair/0", "pair/1")
-    assert record.texts == () and record.questions == (question,)
+    assert record.texts == () and record.questions == (question,) and record.statements == ()
 
 
 def test_a_pickle_in_a_tar_is_never_loaded(tmp_path):
@@ -196,7 +207,8 @@ def test_a_file_that_is_no_tar_is_told(tmp_path, start):
 
 
 @pytest.mark.parametrize(
-    "tree", [b"{", b"[1]", b'"x"', b"\xff", b'{"texts": "abc"}', b'{"texts": [1]}', b'{"questions": 5}']
+    "tree",
+    [b"{", b"[1]", b'"x"', b"\xff", b'{"texts": "abc"}', b'{"texts": [1]}', b'{"questions": 5}', b'{"statements": 5}'],
 )
 def test_a_json_that_is_wrong_is_told_with_its_sample(tmp_path, tree):
     write_shards(tmp_path, [("good", {"png": b"x", "txt": b"x"}), ("wrong", {"png": b"x", "json": tree})], 9)

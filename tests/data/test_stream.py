@@ -164,7 +164,9 @@ def test_what_a_task_cannot_use_is_passed_over(stream_of, tmp_path, shards):
     stream = stream_of(shards=(str(tmp_path),), endless=False, micro_batch=6)
     assert stream.num_samples == 2
     assert names(taken(stream, None)) == [content_id(f"image {tmp_path.name}/00000.tar/{i}") for i in (0, 3)]
-    with pytest.raises(UserError, match=r"has no sample with what vqa needs \(texts or questions\)"):
+    with pytest.raises(
+        UserError, match=r"has no sample with what vqa needs \(texts, questions, statements, or a second image\)"
+    ):
         stream_of(shards=(str(tmp_path),), tasks={"vqa": TASKS["vqa"]()})
 
 
@@ -216,6 +218,32 @@ def test_questions_and_pictures_travel_with_their_answers(stream_of, shards):
     for asked, image, answer in zip(target.kind.tolist(), images.tolist(), colour.tolist(), strict=True):
         if asked == 0:
             assert answer == number[batch.image_id[image].item()] % 3 == batch.images[image].mean((1, 2)).argmax()
+
+
+def test_statements_of_pairs_and_of_single_images_each_go_to_their_task(stream_of, tmp_path, shards):
+    left, right, alone = islice(pictures_of(shards), 3)
+    said = [{"id": "0", "text": "a red picture", "label": "True"}, {"id": "1", "text": "it is blue", "label": "false"}]
+    grouped = {"id": "0", "text": "a red picture", "label": "neutral", "group": "own"}
+    samples = [
+        ("0", {"left.png": left, "right.png": right, "json": json.dumps({"statements": said}).encode()}),
+        ("1", {"png": alone, "json": json.dumps({"statements": [grouped]}).encode()}),
+    ]
+    write_shards(tmp_path, samples, 9)
+    tasks = {name: TASKS[name]() for name in ("nlvr2", "snli_ve")}
+    stream = stream_of(shards=(str(tmp_path),), tasks=tasks, endless=False)
+    ((batch, _),) = stream
+    pairs, single = batch.targets["nlvr2"], batch.targets["snli_ve"]
+    assert pairs.labels.tolist() == [1, 0] and single.labels.tolist() == [2]
+    assert pairs.group.tolist() == [content_id(statement["text"]) for statement in said]
+    assert single.group.tolist() == [content_id("own")]
+    assert batch.image_slot.tolist() == [0, 1, 0] and len(batch.text_ids) == 2
+
+
+def test_a_label_that_a_task_does_not_know_is_told_with_its_sample_before_anything_is_decoded(stream_of, tmp_path):
+    statement = {"id": "0", "text": "a red picture", "label": "-"}
+    write_shards(tmp_path, [("odd", {"png": b"x", "json": json.dumps({"statements": [statement]}).encode()})], 9)
+    with pytest.raises(UserError, match=r"00000\.tar/odd: the label '-' is not in tasks\.snli_ve\.labels"):
+        stream_of(shards=(str(tmp_path),), tasks={"snli_ve": TASKS["snli_ve"]()})
 
 
 HASHED = """

@@ -187,9 +187,17 @@ def test_every_legal_cell_of_the_axes_takes_a_step(fusion, mapping, targets, tea
     assert losses[1] < losses[0]
 
 
-@pytest.mark.parametrize(("kind", "tasks"), [("dual-encoder", tiny.PRETRAINING), ("fusion-encoder", tiny.TEACHING)])
+@pytest.mark.parametrize(
+    ("kind", "tasks"),
+    [
+        ("dual-encoder", tiny.PRETRAINING),
+        ("fusion-encoder", tiny.TEACHING),
+        ("dual-encoder", tiny.FINETUNING),
+        ("fusion-encoder", tiny.FINETUNING),
+    ],
+)
 def test_a_batch_without_rows_runs_through_every_module_and_head(kind, tasks):
-    model, nothing = tiny.model(tiny.model_config(kind), tasks), tiny.batch(tasks, [])
+    model, nothing = tiny.model(tiny.model_config(kind, num_slots=2), tasks), tiny.batch(tasks, [])
     output = model(nothing)
     loss = objective(DistillConfig(), tasks, nothing, output, (), row_weights([nothing], tasks))
     loss.total.backward()

@@ -52,10 +52,10 @@ def test_an_equal_caption_or_an_equal_image_is_a_right_answer():
     for answer, score in enumerate([1.0, 1.0, 1.0, 0.0]):
         logits = torch.zeros(4, 2, 4)
         logits[0, :, answer] = 1
-        assert ITC.score(logits, target_of(labels))[0] == score
+        assert ITC.judge(logits, target_of(labels)).score[0] == score
     logits = torch.zeros(4, 2, 4)
     logits[0, 0, 1] = logits[0, 1, 3] = 1
-    assert ITC.score(logits, target_of(labels))[0] == 0.5
+    assert ITC.judge(logits, target_of(labels)).score[0] == 0.5
 
 
 def test_a_right_answer_lowers_the_loss_as_much_by_caption_as_by_image():

@@ -128,7 +128,7 @@ def test_both_halves_are_judged_by_cross_entropy():
     wrong, right = task.hard_loss(logits, target).tolist()
     assert wrong == pytest.approx(math.log(1 + math.exp(2)), rel=1e-6)
     assert right == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-6)
-    assert task.score(logits, target).tolist() == [0.0, 1.0]
+    assert task.judge(logits, target).score.tolist() == [0.0, 1.0]
 
 
 def test_the_soft_loss_is_zero_only_where_student_and_teacher_agree():

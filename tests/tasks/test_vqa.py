@@ -90,7 +90,7 @@ def test_the_score_is_that_of_the_answer_given(scores, seed):
     labels = torch.tensor(scores)
     logits = torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed))
     expected = [row[max(range(4), key=answer.__getitem__)] for row, answer in zip(scores, logits.tolist(), strict=True)]
-    assert TASKS["vqa"]().score(logits, rows_of(labels)).tolist() == pytest.approx(expected)
+    assert TASKS["vqa"]().judge(logits, rows_of(labels)).score.tolist() == pytest.approx(expected)
 
 
 def test_the_loss_of_knowing_nothing_is_ln_2_an_answer():
