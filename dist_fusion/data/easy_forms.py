@@ -95,7 +95,8 @@ def sentences() -> list[Sentence]:
 
 def hypotheses() -> dict[str, frozenset[Scene]]:
     """All sentences about one image, each with the scenes that entail it; the others contradict it."""
-    return {template.format(what): scenes for template in HYPOTHESES for what, scenes in _things().items()}
+    things = {**_things(), **{" ".join(scene): frozenset([scene]) for scene in sorted(SCENES)}}
+    return {template.format(what): scenes for template in HYPOTHESES for what, scenes in things.items()}
 
 
 def cover(png: bytes) -> bytes:

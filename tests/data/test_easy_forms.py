@@ -121,8 +121,8 @@ def test_hypotheses_are_labelled_by_the_facts_and_neutral_where_the_shape_is_cov
             assert record.texts == (() if covered else ("a {} {}".format(*scene),))
             assert record.statements or not covered
             for statement in record.statements:
-                (word,) = set(re.findall(r"\w+", statement["text"])) & {*COLOURS, *SHAPES}
-                label = "neutral" if covered else "entailment" if word in scene else "contradiction"
+                words = set(re.findall(r"\w+", statement["text"])) & {*COLOURS, *SHAPES}
+                label = "neutral" if covered else "entailment" if words <= set(scene) else "contradiction"
                 assert statement["label"] == label
 
 
@@ -133,7 +133,7 @@ def test_the_hypothesis_alone_tells_exactly_a_third_of_the_labels(judged):
             seen[statement["text"]][statement["label"]] += 1
         assert sum(max(labels.values()) for labels in seen.values()) == DRAWS[split]
         assert sum(sum(labels.values()) for labels in seen.values()) == 3 * DRAWS[split]
-        assert set(seen) == set(hypotheses())
+        assert set(seen) == set(hypotheses()) or (split == "dev" and set(seen) < set(hypotheses()))
 
 
 def test_a_cover_leaves_a_grey_square_and_the_ground_alone(judged):
