@@ -8,15 +8,18 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from dist_fusion import distributed
 from dist_fusion.config import load
 from dist_fusion.data.stream import Loaded
 from dist_fusion.distill import DistillConfig, objective, row_weights
-from dist_fusion.engine import build_engine
+from dist_fusion.engine import base_learning_rate, build_engine, ds_config
 from dist_fusion.evaluate import evaluate
+from dist_fusion.models.execution import set_execution
 from dist_fusion.models.heads import ContrastHead, Features
 from dist_fusion.preemption import StopRequest
 from dist_fusion.schema import UserError
@@ -27,7 +30,9 @@ from tests import tiny
 CPU = torch.device("cpu")
 
 
-def losses(recipe: str, overrides: list[str], stage: int, accumulation: int, counts: list[list[int]]) -> dict:
+def losses(
+    recipe: str, overrides: list[str], stage: int, accumulation: int, counts: list[list[int]], dropout: float = 0.0
+) -> dict:
     """The global losses of some steps of this number of ranks, and what became of the teacher.
 
     `counts[step]` samples are dealt to micro-steps and ranks in contiguous, possibly unequal or empty shares, so that
@@ -35,7 +40,8 @@ def losses(recipe: str, overrides: list[str], stage: int, accumulation: int, cou
     """
     config = load(recipe, [*overrides, f"deepspeed=zero{stage}", f"accumulation={accumulation}"])
     tasks = tiny.PRETRAINING
-    student = tiny.model(tiny.model_config(), tasks)
+    student = tiny.model(tiny.model_config(dropout=dropout), tasks)
+    set_execution(student, activation_checkpointing=config.activation_checkpointing, compile=config.compile)
     teacher = tiny.model(tiny.model_config("fusion-encoder", dropout=0.5), tiny.TEACHING, seed=1)
     teacher = teacher.requires_grad_(False).eval()
     distill = DistillConfig(targets="both", soft=1.0)
@@ -145,4 +151,41 @@ def _stop_later(folder: Path, step: int) -> None:
     (folder / "STOP").touch()
 
 
-CHECKS = {"losses": losses, "contrast": contrast, "scores": scores, "stop_flag": stop_flag, "run": run}
+class DataParallel(NamedTuple):
+    """How DeepSpeed is told of another number of ranks than there are."""
+
+    ranks: int
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.ranks
+
+
+def parsed(recipe: str, overrides: list[str], ranks: int) -> dict:
+    """What DeepSpeed itself reads in the configuration for so many ranks."""
+    read = DeepSpeedConfig(ds_config(load(recipe, overrides), ranks), mpu=DataParallel(ranks))
+    return {
+        "global": read.train_batch_size,
+        "accumulation": read.gradient_accumulation_steps,
+        "micro": read.train_micro_batch_size_per_gpu,
+        "clip": read.gradient_clipping,
+    }
+
+
+def rates(recipe: str, overrides: list[str]) -> list:
+    """The base rate told at the beginning of some steps, and the rates of all groups."""
+    config = load(recipe, overrides)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = build_engine(tiny.model(tiny.model_config(), tiny.PRETRAINING), config, distributed.world_size())
+    seen = []
+    for step in range(4):
+        seen.append([base_learning_rate(engine), [group["lr"] for group in engine.optimizer.param_groups]])
+        logits = engine(tiny.batch(tiny.PRETRAINING, tiny.samples(4, start=4 * step))).logits
+        engine.backward(sum(values.sum() for values in logits.values()))
+        engine.step()
+    return seen
+
+
+CHECKS = {
+    "losses": losses, "contrast": contrast, "scores": scores, "stop_flag": stop_flag, "run": run, "parsed": parsed,
+    "rates": rates,
+}  # fmt: skip
