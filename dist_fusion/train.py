@@ -38,6 +38,7 @@ from dist_fusion.engine import (
     stop_ranks,
 )
 from dist_fusion.evaluate import evaluate
+from dist_fusion.facts import measure, table
 from dist_fusion.models.execution import set_execution
 from dist_fusion.models.teachers import TEACHERS
 from dist_fusion.models.weights import ModelCard, build_model, initialise_from, save_model, weights_digest
@@ -198,23 +199,21 @@ def seed_everything(seed: int) -> None:
 
 
 def describe(config: Config, ranks: int) -> str:
-    """What a run on so many ranks would be: recipe, DeepSpeed's configuration, parameters and sizes.
+    """What a run on so many ranks would be: recipe, DeepSpeed's configuration, what it costs, and sizes.
 
     Everything that the recipe names is opened. Raises UserError for what is wrong.
     """
     tokenizer = Tokenizer(config.data.vocabulary, config.model.max_text_length)
     card = model_card(config, tokenizer)
     with torch.device("meta"):
-        model = build_model(card)
+        check_multipliers(build_model(card), config.optimizer.multipliers)
     if config.initialise_from:
         initialise_from(build_model(card), card, config.initialise_from, "initialise_from")
-    build_teacher(config, card, torch.device("cpu"))
+    facts = measure(config, card, ranks, build_teacher(config, card, torch.device("cpu")))
     shards = find_shards(config.data.shards) + find_shards(config.data.dev)
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    count = "\n".join(f"  {name:<16} {number:>12,}" for name, number in {**parts, "total": sum(parts.values())}.items())
     return (
         f"{dump(config)}\nDeepSpeed, {ranks} ranks:\n{json.dumps(ds_config(config, ranks), indent=2)}\n\n"
-        f"Parameters:\n{count}\n\n{len(shards)} shards; {config.steps} steps of {config.global_batch} samples, "
+        f"{table(facts)}\n\n{len(shards)} shards; {config.steps} steps of {config.global_batch} samples, "
         f"{config.micro_batch(ranks)} a rank and micro-step"
     )
 

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -185,7 +186,39 @@ def rates(recipe: str, overrides: list[str]) -> list:
     return seen
 
 
+def held(recipe: str, overrides: list[str]) -> dict:
+    """How many parameters a model has, and what this rank holds of them after a step, in bytes (gradients before)."""
+    config = load(recipe, overrides)
+    model = tiny.model(tiny.model_config(), tiny.PRETRAINING)
+    parameters = list(model.parameters())
+    count = sum(parameter.numel() for parameter in parameters)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = build_engine(model, config, distributed.world_size())
+    logits = engine(tiny.batch(tiny.PRETRAINING, tiny.samples(4))).logits
+    engine.backward(sum(values.sum() for values in logits.values()))
+    zero = engine.optimizer
+    if config.deepspeed.startswith("zero3"):
+        parameters = [parameter.ds_tensor for parameter in parameters]
+        own, gradients = zero.fp32_partitioned_groups_flat, [zero.grad_partitions_flat_buffer]
+    else:
+        own, gradients = zero.single_partition_of_fp32_groups, [*chain(*zero.averaged_gradients.values())]
+    bytes_of_gradients = storage_bytes(gradients)
+    engine.step()
+    moments = [value for state in zero.optimizer.state.values() for value in state.values() if value.ndim]
+    return {
+        "parameters": count,
+        "weights": storage_bytes(parameters),
+        "gradients": bytes_of_gradients,
+        "optimizer": storage_bytes([*own, *moments]),
+    }
+
+
+def storage_bytes(tensors: list) -> int:
+    """Of the distinct memory behind some tensors."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 CHECKS = {
     "losses": losses, "contrast": contrast, "scores": scores, "stop_flag": stop_flag, "run": run, "parsed": parsed,
-    "rates": rates,
+    "rates": rates, "held": held,
 }  # fmt: skip
