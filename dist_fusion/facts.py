@@ -181,18 +181,19 @@ def _parts(model: nn.Module, counter: FlopCounterMode, samples: int) -> dict[str
 def table(facts: Facts) -> str:
     """The facts as text: a row a part, the teacher's beside the student's, then the memory."""
     models = [model for model in (facts.student, facts.teacher) if model]
-    rows = [_row("", *(f"{who:>14} {'G multiply-adds':>15}" for who in ("student", "teacher")[: len(models)]))]
-    for name in dict.fromkeys(name for model in models for name in model):
-        rows.append(_row(name, *(_cells(model.get(name)) for model in models)))
+    names = dict.fromkeys(name for model in models for name in model)
     totals = (Part(*map(sum, zip(*model.values(), strict=True))) for model in models)
-    rows.append(_row("total", *map(_cells, totals)))
     memory = facts.memory
     held = [f"{name.replace('_', ' ')} {_gib(size)}" for name, size in zip(memory._fields, memory, strict=True) if size]
     return "\n".join(
         [
-            *rows,
-            f"  (parameters, and multiply-adds of the forward of a sample at its longest: {facts.shape})",
-            f"Memory of a rank, an estimate: {_gib(memory.on_device)} GiB ({', '.join(held)})",
+            "Parameters, and multiply-adds of the forward of a sample at its longest",
+            f"({facts.shape}):",
+            _row("", *(f"{who:>14} {'x 10^9':>10}" for who in ("student", "teacher")[: len(models)])),
+            *(_row(name, *(_cells(model.get(name)) for model in models)) for name in names),
+            _row("total", *map(_cells, totals)),
+            f"Memory of a rank, an estimate: {_gib(memory.on_device)} GiB",
+            f"  {', '.join(held)}",
         ]
     )
 
@@ -202,7 +203,7 @@ def _row(name: str, *cells: str) -> str:
 
 
 def _cells(part: Part | None) -> str:
-    return f"{part.parameters:>14,} {part.multiply_adds / 1e9:>15.3f}" if part else " " * 30
+    return f"{part.parameters:>14,} {part.multiply_adds / 1e9:>10.3f}" if part else " " * 25
 
 
 def _gib(size: float) -> str:

@@ -225,7 +225,8 @@ def test_every_key_of_a_shipped_dump_is_a_field():
     "override",
     ["model.dropout=1.5", "model.max_text_length=1", "data.num_workers=-1", "tasks.itc.dimensions=0",
      "optimizer.learning_rate=-1", "optimizer.learning_rate=.nan", "data.shuffle_buffer=-3", "evaluate_every=-5",
-     "optimizer.multipliers.heads=0", "distill.soft=-1", "distill.temperature=0", "optimizer.warmup=3", "tasks.mlm.probability=2", "steps=0"],
+     "optimizer.multipliers.heads=0",
+     "distill.soft=-1", "distill.temperature=0", "optimizer.warmup=3", "tasks.mlm.probability=2", "steps=0"],
 )  # fmt: skip
 def test_a_number_out_of_its_range_is_refused_with_the_range(override):
     with pytest.raises(UserError, match=rf"{override.split('=')[0]} is .*; it must be"):
