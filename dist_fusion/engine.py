@@ -101,9 +101,14 @@ def ds_config(config: Config, world_size: int) -> dict[str, Any]:
         if key in tree:
             raise UserError(f"{path} sets {key!r}, which belongs in the recipe; take it out there")
     try:
-        offload = sharding(tree).offload
+        shards = sharding(tree)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+    if config.compile and shards.stage == 3:
+        raise UserError(
+            f"compile is on and deepspeed is {config.deepspeed!r}: the hooks of ZeRO-3 cut the towers into pieces too "
+            "small to compile; use zero1 or zero2, or compile=false"
+        )
     return {
         **tree,
         "train_batch_size": config.global_batch,
@@ -117,7 +122,7 @@ def ds_config(config: Config, world_size: int) -> dict[str, Any]:
                 "betas": list(config.optimizer.betas),
                 "eps": config.optimizer.epsilon,
                 # DeepSpeed's own needs a build at first use, and with it a compiler. On the host only its own is fast.
-                "torch_adam": not offload,
+                "torch_adam": not shards.offload,
             },
         },
         "steps_per_print": 10**9,

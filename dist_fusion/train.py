@@ -11,7 +11,8 @@ import json
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -38,6 +39,7 @@ from dist_fusion.engine import (
     stop_ranks,
 )
 from dist_fusion.evaluate import evaluate
+from dist_fusion.facts import measure, table
 from dist_fusion.models.execution import set_execution
 from dist_fusion.models.initial import initialise_from
 from dist_fusion.models.sources import source_digest
@@ -194,26 +196,55 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def describe(config: Config, ranks: int) -> str:
-    """What a run on so many ranks would be: recipe, DeepSpeed's configuration, parameters and sizes.
+def describe(config: Config, ranks: int) -> tuple[str, list[str]]:
+    """What a run on so many ranks would be and cost, and what it still lacks: files that cannot be opened.
 
-    Everything that the recipe names is opened. Raises UserError for what is wrong.
+    Raises UserError for what is wrong with the recipe itself.
     """
     tokenizer = Tokenizer(config.data.vocabulary, config.model.max_text_length)
     card = model_card(config, tokenizer)
     with torch.device("meta"):
         model = build_model(card)
+    check_multipliers(model, config.optimizer.multipliers)
+    lacking: list[str] = []
     if config.initialise_from:
-        initialise_from(build_model(card), card, config.initialise_from, "initialise_from")
-    build_teachers(config, card, torch.device("cpu"))
-    shards = find_shards(config.data.shards) + find_shards(config.data.dev)
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    count = "\n".join(f"  {name:<16} {number:>12,}" for name, number in {**parts, "total": sum(parts.values())}.items())
+        with _noting(lacking):
+            initialise_from(build_model(card), card, config.initialise_from, "initialise_from")
+    teachers = assumed_teachers(config, card)
+    with _noting(lacking):
+        teachers = build_teachers(config, card, torch.device("cpu"))
+    shards: list[str] = []
+    for folders in (config.data.shards, config.data.dev):
+        with _noting(lacking):
+            shards += find_shards(folders)
+    facts = measure(config, card, ranks, teachers)
     return (
         f"{dump(config)}\nDeepSpeed, {ranks} ranks:\n{json.dumps(ds_config(config, ranks), indent=2)}\n\n"
-        f"Parameters:\n{count}\n\n{len(shards)} shards; {config.steps} steps of {config.global_batch} samples, "
+        f"{table(facts)}\n\n{len(shards)} shards; {config.steps} steps of {config.global_batch} samples, "
         f"{config.micro_batch(ranks)} a rank and micro-step"
-    )
+    ), lacking
+
+
+@contextmanager
+def _noting(lacking: list[str]) -> Iterator[None]:
+    """Keep a user's mistake for later, so that all of them are told at once."""
+    try:
+        yield
+    except UserError as error:
+        lacking.append(str(error))
+
+
+def assumed_teachers(config: Config, card: ModelCard) -> tuple[Teacher, ...]:
+    """Teachers without weights, each a fusion encoder of the student's sizes: what is counted of those not at hand."""
+    taught = []
+    for one in config.teachers:
+        soft = config.soft_tasks(one)
+        sizes = replace(card.config, kind="fusion-encoder", text_norm="pre")
+        with torch.device("meta"):
+            model = build_model(card._replace(config=sizes, heads={task: card.heads[task] for task in soft}))
+        model = model.to_empty(device="cpu").requires_grad_(False).eval()
+        taught.append(Teacher(model, one.weight, frozenset(soft), None))
+    return tuple(taught)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -229,7 +260,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         config = load(words[0], words[1:])
         if "--dry-run" in options:
-            sys.stdout.write(describe(config, int(ranks)) + "\n")
+            shown, lacking = describe(config, int(ranks))
+            sys.stdout.write(f"{shown}\n")
+            if lacking:
+                raise UserError("it cannot start yet:\n  " + "\n  ".join(lacking))
             return DONE
         device = start_ranks()
         start_console()

@@ -7,16 +7,20 @@ import os
 import signal
 import threading
 import time
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from dist_fusion import distributed
 from dist_fusion.config import load
 from dist_fusion.data.stream import Loaded
 from dist_fusion.distill import DistillConfig, objective, row_weights
-from dist_fusion.engine import build_engine
+from dist_fusion.engine import base_learning_rate, build_engine, ds_config
 from dist_fusion.evaluate import evaluate
+from dist_fusion.models.execution import set_execution
 from dist_fusion.models.heads import ContrastHead, Features
 from dist_fusion.preemption import StopRequest
 from dist_fusion.schema import UserError
@@ -28,7 +32,13 @@ CPU = torch.device("cpu")
 
 
 def losses(
-    recipe: str, overrides: list[str], stage: int, accumulation: int, counts: list[list[int]], finetuning: bool = False
+    recipe: str,
+    overrides: list[str],
+    stage: int,
+    accumulation: int,
+    counts: list[list[int]],
+    finetuning: bool = False,
+    dropout: float = 0.0,
 ) -> dict:
     """The global losses of some steps of this number of ranks, and what became of the teacher.
 
@@ -38,7 +48,8 @@ def losses(
     config = load(recipe, [*overrides, f"deepspeed=zero{stage}", f"accumulation={accumulation}"])
     tasks, taught = (tiny.FINETUNING,) * 2 if finetuning else (tiny.PRETRAINING, tiny.TEACHING)
     slots = 2 if finetuning else 1
-    student = tiny.model(tiny.model_config(num_slots=slots), tasks)
+    student = tiny.model(tiny.model_config(num_slots=slots, dropout=dropout), tasks)
+    set_execution(student, activation_checkpointing=config.activation_checkpointing, compile=config.compile)
     teacher = tiny.model(tiny.model_config("fusion-encoder", dropout=0.5, num_slots=slots), taught, seed=1)
     teacher = teacher.requires_grad_(False).eval()
     distill = DistillConfig(targets="both", soft=1.0)
@@ -147,4 +158,73 @@ def _stop_later(folder: Path, step: int) -> None:
     (folder / "STOP").touch()
 
 
-CHECKS = {"losses": losses, "contrast": contrast, "scores": scores, "stop_flag": stop_flag, "run": run}
+class DataParallel(NamedTuple):
+    """How DeepSpeed is told of another number of ranks than there are."""
+
+    ranks: int
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.ranks
+
+
+def parsed(recipe: str, overrides: list[str], ranks: int) -> dict:
+    """What DeepSpeed itself reads in the configuration for so many ranks."""
+    read = DeepSpeedConfig(ds_config(load(recipe, overrides), ranks), mpu=DataParallel(ranks))
+    return {
+        "global": read.train_batch_size,
+        "accumulation": read.gradient_accumulation_steps,
+        "micro": read.train_micro_batch_size_per_gpu,
+        "clip": read.gradient_clipping,
+    }
+
+
+def rates(recipe: str, overrides: list[str]) -> list:
+    """The base rate told at the beginning of some steps, and the rates of all groups."""
+    config = load(recipe, overrides)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = build_engine(tiny.model(tiny.model_config(), tiny.PRETRAINING), config, distributed.world_size())
+    seen = []
+    for step in range(4):
+        seen.append([base_learning_rate(engine), [group["lr"] for group in engine.optimizer.param_groups]])
+        logits = engine(tiny.batch(tiny.PRETRAINING, tiny.samples(4, start=4 * step))).logits
+        engine.backward(sum(values.sum() for values in logits.values()))
+        engine.step()
+    return seen
+
+
+def held(recipe: str, overrides: list[str]) -> dict:
+    """How many parameters a model has, and what this rank holds of them after a step, in bytes (gradients before)."""
+    config = load(recipe, overrides)
+    model = tiny.model(tiny.model_config(), tiny.PRETRAINING)
+    parameters = list(model.parameters())
+    count = sum(parameter.numel() for parameter in parameters)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = build_engine(model, config, distributed.world_size())
+    logits = engine(tiny.batch(tiny.PRETRAINING, tiny.samples(4))).logits
+    engine.backward(sum(values.sum() for values in logits.values()))
+    zero = engine.optimizer
+    if config.deepspeed.startswith("zero3"):
+        parameters = [parameter.ds_tensor for parameter in parameters]
+        own, gradients = zero.fp32_partitioned_groups_flat, [zero.grad_partitions_flat_buffer]
+    else:
+        own, gradients = zero.single_partition_of_fp32_groups, [*chain(*zero.averaged_gradients.values())]
+    bytes_of_gradients = storage_bytes(gradients)
+    engine.step()
+    moments = [value for state in zero.optimizer.state.values() for value in state.values() if value.ndim]
+    return {
+        "parameters": count,
+        "weights": storage_bytes(parameters),
+        "gradients": bytes_of_gradients,
+        "optimizer": storage_bytes([*own, *moments]),
+    }
+
+
+def storage_bytes(tensors: list) -> int:
+    """Of the distinct memory behind some tensors."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+CHECKS = {
+    "losses": losses, "contrast": contrast, "scores": scores, "stop_flag": stop_flag, "run": run, "parsed": parsed,
+    "rates": rates, "held": held,
+}  # fmt: skip

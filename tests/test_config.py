@@ -111,6 +111,17 @@ def test_a_wrong_recipe_gets_its_key_and_what_would_be_right(overrides, message)
     assert message in str(error.value)
 
 
+def test_multipliers_may_be_written_dotted_or_nested_and_the_last_one_wins(tmp_path):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(SMALL + "tasks: {itm: }\noptimizer: {multipliers: {heads: 10, text_tower.blocks.0: 0.5}}\n")
+    config = load(recipe, ["optimizer.multipliers.text_tower.blocks.0=2", "optimizer.multipliers.fusion=5.0"])
+    assert config.optimizer.multipliers == {"heads": 10.0, "text_tower.blocks.0": 2.0, "fusion": 5.0}
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load(tmp_path / "again.yaml") == config
+    with pytest.raises(UserError, match=r"optimizer\.multipliers\.heads is 'x'"):
+        load(recipe, ["optimizer.multipliers.heads=x"])
+
+
 def test_a_missing_key_is_named(tmp_path):
     for key in ("name", "steps", "global_batch", "tasks"):
         tree = {name: value for name, value in (yaml.safe_load(SMALL) | {"tasks": {"itm": {}}}).items() if name != key}
@@ -237,6 +248,7 @@ def test_every_key_of_a_shipped_dump_is_a_field():
     "override",
     ["model.dropout=1.5", "model.max_text_length=1", "data.num_workers=-1", "tasks.itc.dimensions=0",
      "optimizer.learning_rate=-1", "optimizer.learning_rate=.nan", "data.shuffle_buffer=-3", "evaluate_every=-5",
+     "optimizer.multipliers.heads=0",
      "distill.soft=-1", "distill.temperature=0", "optimizer.warmup=3", "tasks.mlm.probability=2", "steps=0"],
 )  # fmt: skip
 def test_a_number_out_of_its_range_is_refused_with_the_range(override):

@@ -35,6 +35,16 @@ def test_tasks_of_statements_and_ranks_have_the_losses_of_one_process_too(two_ra
         assert reply["losses"] == pytest.approx(alone, rel=2e-5)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_checkpointed_layers_train_alike_under_every_zero_stage_with_dropout(two_ranks, tiny_recipe, stage):
+    arguments = {"recipe": str(tiny_recipe), "stage": stage, "accumulation": 1, "counts": UNEVEN, "dropout": 0.3}
+    plain, again = (
+        two_ranks.run("losses", overrides=[f"activation_checkpointing={word}"], **arguments)
+        for word in ("false", "true")
+    )
+    assert again == plain
+
+
 @pytest.mark.parametrize("sizes", [[4, 4], [5, 3], [7, 0]])
 @pytest.mark.parametrize("captions", [10**9, 3])
 def test_contrast_on_two_ranks_equals_one_process_with_the_whole_batch(two_ranks, sizes, captions):

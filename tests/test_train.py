@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 from dist_fusion import train
 from dist_fusion.engine import free_port
 
-LIFE = ["steps=40", "log_every=1", "save_every=100", "evaluate_every=15", "model.dropout=0.3"]
+LIFE = [
+    "steps=40", "log_every=1", "save_every=100", "evaluate_every=15", "model.dropout=0.3",
+    "optimizer.multipliers={heads: 10, fusion: 5, text_tower.blocks.0: 0.5}",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,10 @@ def same_weights(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_resumed_run_equals_the_uninterrupted_one(two_ranks, recipe, tmp_path, stage):
-    """With dropout on, over two epochs, stopped by a file: the same losses and weights to the last bit."""
+    """With dropout on, over two epochs, stopped by a file: the same losses and weights to the last bit.
+
+    The second life saves memory by computing activations twice, which a run may do at any time.
+    """
     common = [*LIFE, f"runs={tmp_path}", f"deepspeed=zero{stage}"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     arguments = {"recipe": str(recipe), "overrides": [*common, "name=whole"]}
@@ -59,6 +65,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(two_ranks, recipe, tmp_path,
     assert two_ranks.run("run", stop_at=7, **arguments) == [{"code": train.CONTINUE}] * 2
     stopped = metrics(parts)[-1][0]
     assert 7 <= stopped < 40
+    arguments["overrides"].append("activation_checkpointing=true")
     assert two_ranks.run("run", **arguments) == [{"code": train.DONE}] * 2
     assert metrics(parts) == metrics(whole)
     assert [step for step, _ in metrics(parts)] == list(range(1, 41))
@@ -116,9 +123,11 @@ def test_the_name_of_a_run_belongs_to_its_recipe(two_ranks, recipe, tmp_path):
     common = [f"runs={tmp_path}", "steps=2"]
     assert two_ranks.run("run", recipe=str(recipe), overrides=common) == [{"code": train.DONE}] * 2
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    for reply in two_ranks.run("run", recipe=str(recipe), overrides=[*common, "model.width=32", "seed=3"]):
+    changes = ["model.width=32", "seed=3", "optimizer.multipliers.heads=2"]
+    for reply in two_ranks.run("run", recipe=str(recipe), overrides=[*common, *changes]):
         assert "made by another recipe" in reply["mistake"]
         assert "model.width was 16, now 32" in reply["mistake"]
+        assert "optimizer.multipliers.heads was None, now 2.0" in reply["mistake"]
         assert "name=" in reply["mistake"]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -211,6 +220,8 @@ def test_an_undecodable_image_is_reported_and_training_goes_on(two_ranks, recipe
         (["data.vocabulary=/nowhere.txt"], "no such file"),
         (["global_batch=10"], "no multiple of tasks.itm.block"),
         (["deepspeed=zero9"], "zero1"),
+        (["deepspeed=zero2-fp16"], "fp16 needs a GPU"),
+        (["optimizer.multipliers.head=3"], "did you mean 'heads'?"),
         (["initialise_from=/nowhere"], "holds no finished model"),
         (["teachers.0.source=/nowhere", "distill.soft=1"], "holds no finished model"),
         (["model.widht=3"], "did you mean 'width'?"),
@@ -231,4 +242,18 @@ def test_a_dry_run_shows_recipe_batches_and_parameters_and_starts_nothing(recipe
     assert "train_micro_batch_size_per_gpu" in shown
     assert "fusion: bridge-pre" in shown
     assert "total" in shown
+    assert "Memory of a rank, an estimate" in shown
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_counts_what_is_not_at_hand_and_says_all_that_is_lacking(tmp_path, capsys, monkeypatch):
+    """The recipe of the paper, on a laptop without its weights or its data."""
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["pretrain", "--dry-run", "--ranks=8"]) == train.MISTAKE
+    shown, told = capsys.readouterr()
+    for line in ("student", "teacher", "Memory of a rank"):
+        assert line in shown
+    total = next(line.split() for line in shown.splitlines() if line.split()[:1] == ["total"])
+    assert (total[1], total[3]) == ("279,530,813", "135,586,364")
+    for key in ("initialise_from", "teachers.0.source", "shards/coco/train", "shards/coco/dev"):
+        assert key in told

@@ -152,7 +152,17 @@ class CrossLayer(nn.Module):
 
 def run(layer: nn.Module, *inputs: Any, recompute: bool) -> Any:
     """`layer(*inputs)`; with `recompute` only the inputs are kept for the backward pass (arXiv:1604.06174)."""
-    return checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+    return checkpoint(_kept_at_the_end, layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+
+
+def _kept_at_the_end(layer: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The layer, and then a number kept for the backward pass, so that computing again always starts and ends there.
+
+    Else it would start and end with the last thing kept, which for zero rows is another (dropout keeps no mask of
+    them), and the ranks would gather the weights of ZeRO-3 in different orders, and hang.
+    """
+    x, *others = layer(*inputs)
+    return x * x.new_ones(()), *others
 
 
 def deviation(width: int) -> float:

@@ -23,6 +23,8 @@ from dist_fusion.schema import UserError, build
 from dist_fusion.types import HeadSpec, meaning_of
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+FILES = {".ckpt", ".safetensors", ".bin", ".pt", ".pth"}
+"""Endings of files of weights: such a name is never looked for on the hub."""
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "ViltModel": (),
     "ViltForMaskedLM": ("mlm",),
@@ -102,7 +104,7 @@ def _find(name: str, wanted_by: str) -> Files:
             if (path / file).is_file():
                 return _beside(path, path / file)
         raise _no_model(name, wanted_by, f"there is no {' or '.join(WEIGHT_FILES)}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.parent.is_dir():
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.parent.is_dir() or path.suffix in FILES:
         raise _no_model(name, wanted_by, "it does not exist")
     return _beside(*_fetched(name, wanted_by))
 
