@@ -57,7 +57,7 @@ def test_a_dump_keeps_any_number_and_any_string(tmp_path_factory, optimizer, see
     [
         (["stpes=3"], "unknown key 'stpes'; did you mean 'steps'?"),
         (["Steps=3"], "unknown key 'Steps'; did you mean 'steps'?"),
-        (["quark=3"], "unknown key 'quark'; known keys: accumulation, data, deepspeed"),
+        (["quark=3"], "unknown key 'quark'; known keys: accumulation, activation_checkpointing, compile"),
         (["model.fuson=virt"], "unknown key 'model.fuson'; did you mean 'fusion'?"),
         (["tasks.itm.blok=3"], "unknown key 'tasks.itm.blok'; did you mean 'block'?"),
         (["tasks.imt.block=3"], "unknown key 'tasks.imt'; did you mean 'itm'?"),
