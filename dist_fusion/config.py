@@ -39,8 +39,8 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     epsilon: float = 1e-8
     weight_decay: float = 0.01  # none on biases, norms, type embeddings and the temperature
+    # Of the rate, by the beginning of a parameter's dotted name, where the longest counts: {heads: 10}.
     multipliers: Annotated[Mapping[str, float], dotted] = field(default_factory=dict)
-    """Of the rate, by the beginning of a parameter's dotted name, the longest one counting: {heads: 10}."""
     warmup: float = 0.1  # share of the steps
     clip: float = 1.0  # norm of the gradient; 0 is never
 
