@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one = commands.add_parser("evaluate", help="score a finished run on shards")
     one.add_argument("run", type=Path, help="its folder")
     one.add_argument("--shards", nargs="+", required=True, help="folders of tars")
+    fastest = "cuda" if torch.cuda.is_available() else "cpu"
+    one.add_argument("--device", default=fastest, choices=("cpu", "cuda"), help=f"{fastest} if not given")
     one.add_argument("--task", nargs="+", default=[], help="of the run's tasks; all if not given")
 
     one = commands.add_parser("prepare", help="make shards of a data set")
@@ -106,7 +108,8 @@ def _evaluate(given: argparse.Namespace) -> int:
     tasks = to_score(config.active_tasks())
     plan = Plan(config.micro_batch(1), rank=0, world_size=1, seed=config.seed)
     stream = Stream(data, tasks, tokenizer, card.config.image_size, plan, endless=False)
-    found = evaluate(model, tasks, stream, torch.device("cpu"))
+    device = torch.device(given.device)
+    found = evaluate(model.to(device), tasks, stream, device)
     table = {"shards": given.shards, **found.as_json()}
     (given.run / "evaluate.json").write_text(json.dumps(table, indent=2) + "\n")
     sys.stdout.write(found.as_text())

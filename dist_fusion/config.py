@@ -6,7 +6,6 @@ sections, which are checked before anything expensive starts.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
-from itertools import pairwise
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,8 +19,10 @@ from dist_fusion.models.config import ModelConfig
 from dist_fusion.models.initial import Towers
 from dist_fusion.models.teachers import TeacherConfig
 from dist_fusion.schema import UserError, build, dotted, nearest, section
-from dist_fusion.tasks import BLOCKED, PAIRED, TASKS, TEACHABLE, Task
+from dist_fusion.tasks import BLOCKED, LIMITS, PAIRED, TASKS, TEACHABLE, Task
 
+LISTS = {"teachers"}
+"""Keys that hold a list of sections, whose places are numbers in an override."""
 RECIPES = Path(__file__).parent / "recipes"
 
 if TYPE_CHECKING:
@@ -80,7 +81,9 @@ class Config:
         if not self.distill.soft:
             return ()
         return tuple(
-            task for task in self.active_tasks() if task in TEACHABLE and (not teacher.tasks or task in teacher.tasks)
+            task
+            for task in self.active_tasks()
+            if task in TEACHABLE and (teacher.tasks is None or task in teacher.tasks)
         )
 
     def micro_batch(self, world_size: int) -> int:
@@ -129,7 +132,7 @@ def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         UserError: if it is no mapping in YAML, or is based on itself.
     """
-    if path in above:
+    if path.resolve() in [one.resolve() for one in above]:
         raise UserError(f"{' is based on '.join(map(str, [*above, path]))}: a recipe cannot be based on itself")
     try:
         tree = yaml.safe_load(path.read_text())
@@ -140,8 +143,11 @@ def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("based_on", None)
     if base is None:
         return tree
+    if not isinstance(base, str):
+        raise UserError(f"{path}: based_on is {base!r}; it must be one recipe's name or path")
     beside = path.parent / f"{base}.yaml"
-    return _laid_over(read_tree(beside if beside.is_file() else find_recipe(base), (*above, path)), tree)
+    own = beside.is_file() and beside.resolve() != path.resolve()  # a recipe may carry the name of the shipped one
+    return _laid_over(read_tree(beside if own else find_recipe(base), (*above, path)), tree)
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -176,10 +182,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"the value of {override!r} is not YAML: {error}") from None
     parts = key.split(".")
     node: Any = tree
-    for part, after in pairwise(parts):
+    for part in parts[:-1]:
         place = _place(node, part, override)
+        if isinstance(node[place], int | float | str) and not isinstance(node[place], bool):
+            raise UserError(f"{override!r} asks for a key of {part}, which is {node[place]!r} and has none")
         if not isinstance(node[place], dict | list):
-            node[place] = [] if after.isdecimal() else {}
+            node[place] = [] if part in LISTS else {}
         node = node[place]
     node[_place(node, parts[-1], override)] = parsed
 
@@ -222,6 +230,14 @@ def check(config: Config) -> None:
         ("optimizer.learning_rate", config.optimizer.learning_rate, 0, inf),
         ("optimizer.weight_decay", config.optimizer.weight_decay, 0, inf),
         ("optimizer.clip", config.optimizer.clip, 0, inf),
+        *((f"optimizer.betas.{i}", beta, 0, 0.999999) for i, beta in enumerate(config.optimizer.betas)),
+        *((f"tasks.{name}.weight", task.weight, 0, inf) for name, task in tasks.items()),
+        *(
+            (f"tasks.{name}.{LIMITS[name]}", getattr(tasks[name], LIMITS[name]), 0, inf)
+            for name in tasks
+            if name in LIMITS
+        ),
+        *((f"teachers.{i}.weight", teacher.weight, 1e-6, inf) for i, teacher in enumerate(config.teachers)),
         *((f"optimizer.multipliers.{prefix}", of, 1e-6, 1e6) for prefix, of in config.optimizer.multipliers.items()),
         ("optimizer.warmup", config.optimizer.warmup, 0, 1),
         ("model.dropout", model.dropout, 0, 0.99),
@@ -276,5 +292,12 @@ def check(config: Config) -> None:
             if task not in TEACHABLE or task not in tasks:
                 can = ", ".join(name for name in tasks if name in TEACHABLE) or "none"
                 raise UserError(f"teachers.{number}.tasks names {task!r}, which it cannot teach here; it can be {can}")
-    if not distill.hard and not sites and not any(map(config.soft_tasks, config.teachers)):
-        raise UserError("distill.hard is 0 and the tasks have no soft labels to learn from: nothing would be learned")
+    if not any(task.weight for task in tasks.values()) and not (sites and distill.attention):
+        raise UserError("every task weighs 0, and no attention is matched: nothing would be learned")
+    for name, task in tasks.items():
+        taught = any(name in config.soft_tasks(teacher) for teacher in config.teachers)
+        if task.weight and not distill.hard and not taught:
+            raise UserError(
+                f"tasks.{name} would learn nothing: distill.hard is 0, and no teacher gives soft labels for it; set "
+                f"distill.hard=1, tasks.{name}=false, or tasks.{name}.weight=0 to match the attention of its pairs alone"
+            )

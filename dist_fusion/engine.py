@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dist_fusion.config import Config, OptimizerConfig
+from dist_fusion.models.teachers import PRECISIONS
 from dist_fusion.schema import UserError, nearest
 
 DS_CONFIGS = [
@@ -78,6 +79,16 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def skipped(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
+    """Of a run in fp16: the scale of its loss, and how many steps it skipped since their gradients overflowed."""
+    if not engine.fp16_enabled():
+        return {}
+    return {
+        "optimizer/loss_scale": float(engine.optimizer.loss_scale),
+        "optimizer/skipped_steps": float(engine.skipped_steps),
+    }
 
 
 def stop_ranks() -> None:
@@ -143,23 +154,26 @@ def sharding(tree: Mapping[str, Any]) -> Sharding:
     )
 
 
-def check_precision(tree: Mapping[str, Any], device_type: str, capability: tuple[int, int]) -> None:
-    """Raises UserError if a device (its CUDA compute capability, if it has one) cannot do the precision of `tree`."""
-    dtype = sharding(tree).dtype
+def check_precision(dtype: torch.dtype, device_type: str, capability: tuple[int, int], named_by: str) -> None:
+    """Raises UserError, naming the key, if a device (its CUDA compute capability, if any) cannot compute in `dtype`."""
     if dtype == torch.float16 and device_type == "cpu":
-        raise UserError("fp16 needs a GPU, and this rank has none; use a file of ds_configs/ without fp16, as zero1")
+        raise UserError(f"{named_by} is fp16, which needs a GPU, and this rank has none; use one without fp16")
     if dtype == torch.bfloat16 and device_type == "cuda" and capability < BF16_CAPABILITY:
         needed, has = (".".join(map(str, pair)) for pair in (BF16_CAPABILITY, capability))
         raise UserError(
-            f"bf16 needs a GPU of compute capability {needed} or more, and this rank's has {has}; use the fp16 file of "
-            "ds_configs/ in its place, as zero1-fp16"
+            f"{named_by} is bf16, which needs a GPU of compute capability {needed} or more, and this rank's has {has}; "
+            "use fp16 in its place (deepspeed=zero1-fp16, precision=fp16)"
         )
 
 
-def check_device(tree: Mapping[str, Any], device: torch.device) -> None:
-    """Raises UserError if `device` cannot do the precision of `tree`, DeepSpeed's configuration."""
-    cuda = device.type == "cuda"
-    check_precision(tree, device.type, torch.cuda.get_device_capability(device) if cuda else (0, 0))
+def check_device(config: Config, tree: Mapping[str, Any], device: torch.device) -> None:
+    """Raises UserError if `device` cannot do the precision of `tree`, DeepSpeed's configuration, or of a teacher."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    check_precision(sharding(tree).dtype, device.type, capability, f"deepspeed={config.deepspeed}")
+    for number, teacher in enumerate(config.teachers):
+        dtype = PRECISIONS[teacher.precision]
+        if dtype is not None:
+            check_precision(dtype, device.type, capability, f"teachers.{number}.precision")
 
 
 def _find_ds_config(name: str) -> Path:

@@ -22,6 +22,7 @@ from dist_fusion.engine import Sharding, ds_config, sharding
 from dist_fusion.models.execution import set_execution
 from dist_fusion.models.teachers import PRECISIONS, Lesson, Teacher, TeacherConfig
 from dist_fusion.models.weights import ModelCard, build_model
+from dist_fusion.tasks import Task
 from dist_fusion.types import Batch, Vocabulary
 
 ASSUMED = 5
@@ -142,30 +143,25 @@ def longest_batch(config: Config, card: ModelCard, count: int) -> Batch:
     """What the tasks lay out of `count` samples with the longest texts, one pixel an image."""
     vocabulary = Vocabulary(len(card.vocabulary), 0, 0, 0, 0)
     pairs = PairBatch(vocabulary, 1, config.model.max_text_length, 1)
-    samples = [_longest_sample(config, vocabulary.size, position) for position in range(count)]
     for task in config.active_tasks().values():
-        task.lay(pairs, samples)
+        task.lay(pairs, [_longest_sample(config, task, vocabulary.size, position) for position in range(count)])
     return pairs.build()
 
 
-def _longest_sample(config: Config, words: int, position: int) -> Sample:
-    draw, visit = Random(position), f"longest/{position}"
+def _longest_sample(config: Config, task: Task, words: int, position: int) -> Sample:
+    """A sample with all that a task can ask for, the same at a position for every task but for what it looks at."""
+    draw, visit, images = Random(position), f"longest/{position}", range(task.num_images)
     texts = [_longest_text(config, words, draw) for _ in range(config.data.texts_per_image or ASSUMED)]
-    asked = config.tasks.vqa.questions_per_image if config.tasks.vqa else 0
-    questions = [Question(f"{visit}/{n}", _longest_text(config, words, draw), {}, "") for n in range(asked or ASSUMED)]
-    slots, labels = range(config.model.num_slots), {"nlvr2": "true", "snli_ve": "neutral"}
-    label = next((word for name, word in labels.items() if getattr(config.tasks, name)), "")
-    limit = config.tasks.snli_ve.statements_per_image if config.tasks.snli_ve else 1
-    statements = tuple(
-        Statement(f"{visit}/{n}", _longest_text(config, words, draw), label, "") for n in range(limit or ASSUMED)
-    )
+    asked = range(getattr(task, task.limit) or ASSUMED) if task.limit else range(1)
+    questions = [_longest_text(config, words, draw) for _ in asked]
+    label = next(iter(task.classes()), "")
     return Sample(
-        images=tuple(torch.zeros(3, 1, 1) for _ in slots),
-        image_ids=tuple(position * len(slots) + slot for slot in slots),
+        images=tuple(torch.zeros(3, 1, 1) for _ in images),
+        image_ids=tuple(2 * position + slot for slot in images),
         texts=tuple(texts),
         captions=frozenset(text.content for text in texts),
-        questions=tuple(questions),
-        statements=statements,
+        questions=tuple(Question(f"{visit}/{n}", text, {}, "") for n, text in enumerate(questions)),
+        statements=tuple(Statement(f"{visit}/{n}", text, label, "") for n, text in enumerate(questions)),
         position=position,
         visit=visit,
     )

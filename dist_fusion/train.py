@@ -8,6 +8,7 @@ Exit codes: 0 done; 75 saved, continue me (start the same command again); 2 the 
 """
 
 import json
+import math
 import os
 import random
 import sys
@@ -35,6 +36,7 @@ from dist_fusion.engine import (
     check_multipliers,
     ds_config,
     full_weights,
+    skipped,
     start_ranks,
     stop_ranks,
 )
@@ -74,7 +76,7 @@ def train(config: Config, device: torch.device) -> int:
         UserError: for whatever is wrong with the recipe, its files or its run, before anything is changed.
     """
     sharding = ds_config(config, distributed.world_size())
-    check_device(sharding, device)
+    check_device(config, sharding, device)
     parts = prepare(config, device)
     with checkpoint.claim(config, sharding, parts.identity) as run:
         if distributed.from_first((run / "model.safetensors").exists()):
@@ -149,7 +151,8 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torc
         if last or step % config.log_every == 0:
             values = interval.read(config.global_batch)
             values["optimizer/learning_rate"] = learning_rate
-            values["optimizer/gradient_norm"] = float(engine.get_global_grad_norm() or 0.0)
+            norm = float(engine.get_global_grad_norm() or 0.0)
+            values |= skipped(engine) | ({"optimizer/gradient_norm": norm} if math.isfinite(norm) else {})
             monitor.progress(step, values)
         if stopping or last or step % config.save_every == 0:
             log.info("saved %s", checkpoint.save(engine, run, config, parts.identity, step).folder)
@@ -180,13 +183,12 @@ def model_card(config: Config, tokenizer: Tokenizer) -> ModelCard:
 
 def build_teachers(config: Config, card: ModelCard, device: torch.device) -> tuple[Teacher, ...]:
     """The recipe's frozen teachers, outside of DeepSpeed: never in an optimizer, never in a checkpoint."""
-    return tuple(
-        build_teacher(
-            one, card, config.soft_tasks(one), meaning_of([*read_answers(one.answers).number]) if one.answers else "",
-            device, f"teachers.{number}",
-        )
-        for number, one in enumerate(config.teachers)
-    )  # fmt: skip
+    teachers = []
+    for number, one in enumerate(config.teachers):
+        key = f"teachers.{number}"
+        answers = meaning_of([*read_answers(one.answers, f"{key}.answers").number]) if one.answers else ""
+        teachers.append(build_teacher(one, card, config.soft_tasks(one), answers, device, key))
+    return tuple(teachers)
 
 
 def seed_everything(seed: int) -> None:

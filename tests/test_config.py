@@ -74,7 +74,18 @@ def test_a_dump_keeps_any_number_and_any_string(tmp_path_factory, optimizer, see
         (["tasks.itm=7"], "tasks.itm is 7"),
         (["teachers=[{}]"], "teachers.0.source is missing"),
         (["teachers.2.source=x"], "'teachers.2.source=x' counts from 0 to 1 where it says '2'"),
-        (["teachers.0.weight=0"], "weight is 0"),
+        (["teachers.0.weight=0"], "teachers.0.weight is 0.0; it must be at least 1e-06"),
+        (["teachers.0.weight=.nan"], "teachers.0.weight is nan"),
+        (["tasks.mlm.weight=-1"], "tasks.mlm.weight is -1.0; it must be at least 0"),
+        (["tasks.snli_ve.statements_per_image=-1"], "tasks.snli_ve.statements_per_image is -1"),
+        (["optimizer.betas=[0.9, 1.5]"], "optimizer.betas.1 is 1.5"),
+        (["steps.many=3"], "'steps.many=3' asks for a key of steps, which is 300 and has none"),
+        (
+            ["distill.hard=0"],
+            "tasks.itc would learn nothing: distill.hard is 0, and no teacher gives soft labels for it",
+        ),
+        (["distill.hard=0", "tasks.itc=false", "teachers.0.tasks=[mlm]"], "tasks.itm would learn nothing"),
+        (["distill.hard=0", "tasks.itc=false", "teachers.0.tasks=[]"], "tasks.mlm would learn nothing"),
         (["teachers.0.tasks=[itc]"], "teachers.0.tasks names 'itc', which it cannot teach here; it can be mlm, itm"),
         (["teachers.0.precision=fp8"], "it can be auto, fp32, bf16, fp16"),
         (["tasks.snli_ve={labels: [a, b]}"], "it must be three different names"),
@@ -100,7 +111,7 @@ def test_a_dump_keeps_any_number_and_any_string(tmp_path_factory, optimizer, see
         (["teachers=[]"], "need a teacher; set teachers, or distill.targets=none distill.soft=0"),
         (["distill.targets=none", "distill.soft=0"], "a teacher is given but nothing is learned from it"),
         (["distill.attention=0", "distill.soft=0"], "a teacher is given but nothing is learned from it"),
-        ([*NO_TEACHER, "distill.hard=0"], "nothing would be learned"),
+        ([*NO_TEACHER, "distill.hard=0"], "tasks.mlm would learn nothing"),
         (["model.kind=fusion-encoder"], "tasks.itc needs a vector for each image and text"),
         (["model.kind=fusion-encoder", "tasks.itc=false"], "distill.targets must be none for a fusion-encoder"),
     ],
@@ -265,10 +276,11 @@ def test_a_fusion_encoder_may_have_fewer_layers_than_a_bridge_would_need():
     assert load("demo-teacher-pretrain", ["model.num_layers=2"]).model.num_layers == 2
 
 
-def test_only_contrast_without_hard_labels_or_attention_would_learn_nothing():
-    given = ["tasks.mlm=false", "tasks.itm=false", "distill.targets=none", "distill.hard=0"]
+def test_attention_can_be_learned_alone_and_nothing_cannot():
+    alone = ["tasks.mlm=false", "tasks.itm=false", "tasks.itc.weight=0", "distill.hard=0", "teachers.0.tasks=[]"]
+    assert load("demo-student-pretrain", alone).tasks.itc.weight == 0
     with pytest.raises(UserError, match="nothing would be learned"):
-        load("demo-student-pretrain", given)
+        load("demo-student-pretrain", [*alone, "distill.targets=none"])
 
 
 def test_a_recipe_says_only_what_it_changes_of_the_one_it_is_based_on(tmp_path):
@@ -294,3 +306,11 @@ def test_a_recipe_based_on_itself_or_on_nothing_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text("based_on: demo-student-pretrian\n")
     with pytest.raises(UserError, match="did you mean 'demo-student-pretrain'"):
         load(tmp_path / "c.yaml")
+
+
+def test_a_recipe_may_have_the_name_of_the_shipped_one_it_is_based_on(tmp_path):
+    (tmp_path / f"{STUDENT}.yaml").write_text(f"based_on: {STUDENT}\nsteps: 5\n")
+    assert load(tmp_path / f"{STUDENT}.yaml").steps == 5
+    (tmp_path / "x.yaml").write_text("based_on: [a]\n")
+    with pytest.raises(UserError, match="it must be one recipe's name or path"):
+        load(tmp_path / "x.yaml")

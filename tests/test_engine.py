@@ -68,7 +68,7 @@ def test_zero_3_and_compile_do_not_go_together(tiny_recipe):
         ("zero1", "cpu", (0, 0), None),
         ("zero1", "cuda", (7, 0), None),
         ("zero1-fp16", "cuda", (7, 0), None),
-        ("zero1-fp16", "cpu", (0, 0), "fp16 needs a GPU"),
+        ("zero1-fp16", "cpu", (0, 0), "deepspeed is fp16, which needs a GPU"),
         ("zero1-bf16", "cpu", (0, 0), None),
         ("zero1-bf16", "cuda", (8, 0), None),
         ("zero1-bf16", "cuda", (9, 0), None),
@@ -78,10 +78,10 @@ def test_zero_3_and_compile_do_not_go_together(tiny_recipe):
 )
 def test_a_precision_that_the_device_cannot_do_is_refused(name, device, capability, message):
     if message is None:
-        check_precision(FILES[name], device, capability)
+        check_precision(sharding(FILES[name]).dtype, device, capability, "deepspeed")
         return
     with pytest.raises(UserError) as error:
-        check_precision(FILES[name], device, capability)
+        check_precision(sharding(FILES[name]).dtype, device, capability, "deepspeed")
     assert message in str(error.value)
 
 

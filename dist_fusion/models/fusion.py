@@ -51,7 +51,7 @@ class Dot(Fusion):
 
 
 class Shallow(Fusion):
-    """An MLP over one vector of each tower (the fusion of DiDE, arXiv:2112.08723); no attention of its own.
+    """An MLP over one pooled vector of each tower (the fusion of DiDE, arXiv:2112.08723); no attention of its own.
 
     Text tokens meet the image through the same MLP, each token in the place of [CLS] (our reading).
     """
@@ -59,13 +59,14 @@ class Shallow(Fusion):
     def __init__(self, width: int, num_heads: int, groups: Groups, num_slots: int, dropout: float):
         super().__init__()
         self.feature_width = width
+        self.pool_text, self.pool_image = nn.Linear(width, width), nn.Linear(width, width)
         self.mlp = nn.Sequential(
             nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
 
     def forward(self, text: Stream, image: Stream, slot: Tensor, pairs: Tensor) -> Fused:
-        words = text.hidden[-1][pairs[:, 1]]
-        picture = image.hidden[-1][pairs[:, 0], :1].expand_as(words)
+        words = torch.tanh(self.pool_text(text.hidden[-1]))[pairs[:, 1]]
+        picture = torch.tanh(self.pool_image(image.hidden[-1][:, :1]))[pairs[:, 0]].expand_as(words)
         tokens = self.mlp(torch.cat([words, picture], -1))
         return Fused(tokens[:, 0], tokens, {})
 

@@ -31,10 +31,17 @@ Weights = dict[str, Tensor]
 
 
 def both_towers(weights: Weights) -> Weights:
-    """A ViLT's encoder as both towers (DiDE, arXiv:2112.08723): their queries and keys start in one space."""
+    """A ViLT's encoder as both towers (DiDE, arXiv:2112.08723): their queries and keys start in one space.
+
+    Its pooling is that of a shallow fusion, on both sides; another fusion has no place for it.
+    """
     kept = {name: x for name, x in weights.items() if not name.startswith(("encoder.", "pool."))}
     for tower in ("text_tower", "image_tower"):
         kept |= {f"{tower}.{n.removeprefix('encoder.')}": x for n, x in weights.items() if n.startswith("encoder.")}
+    for side in ("text", "image"):
+        kept |= {
+            f"fusion.pool_{side}.{n.removeprefix('pool.')}": x for n, x in weights.items() if n.startswith("pool.")
+        }
     return kept
 
 
@@ -48,16 +55,28 @@ def image_tower(weights: Weights) -> Weights:
     return {**weights, "image_embedding.modality.weight": torch.zeros_like(weights["image_embedding.position"][:1])}
 
 
+def joint_encoder(weights: Weights) -> Weights:
+    """A ViT as a ViLT's encoder, ViLT's own start (arXiv:2102.03334)."""
+    named = {n.replace("image_tower.", "encoder."): x for n, x in image_tower(weights).items()}
+    return named
+
+
 ROUTES: dict[tuple[str, str], Callable[[Weights], Weights]] = {
     ("dual-encoder", "dual-encoder"): dict,
     ("fusion-encoder", "fusion-encoder"): dict,
     ("fusion-encoder", "dual-encoder"): both_towers,
     ("text-tower", "dual-encoder"): text_tower,
     ("image-tower", "dual-encoder"): image_tower,
+    ("image-tower", "fusion-encoder"): joint_encoder,
 }
 """From what a source is and what the model is: how the source's names become the model's."""
-NEW = {"fusion-encoder": ("fusion.",), "text-tower": ("fusion.",), "image-tower": ("fusion.",), "dual-encoder": ()}
-"""Beginnings of a dual encoder's names that a source of another kind cannot fill."""
+NEW: dict[tuple[str, str], tuple[str, ...]] = {
+    ("fusion-encoder", "dual-encoder"): ("fusion.",),
+    ("text-tower", "dual-encoder"): ("fusion.",),
+    ("image-tower", "dual-encoder"): ("fusion.",),
+    ("image-tower", "fusion-encoder"): ("text_embedding.", "pool."),
+}
+"""By the same: beginnings of names that the source cannot fill, and that may stay new."""
 ALIKE = {
     "dual-encoder": ("width", "num_heads", "num_layers", "patch_size", "stem", "text_norm", "fusion", "mapping",
                      "num_fusion_layers"),
@@ -78,17 +97,21 @@ def initialise_from(model: nn.Module, card: ModelCard, origin: str | Towers, wan
         UserError: if the origin is of another architecture or reads other tokens; all weights are accounted for.
     """
     names = [origin] if isinstance(origin, str) else [origin.text, origin.image]
+    wanted = [None] if isinstance(origin, str) else ["text-tower", "image-tower"]
     weights: Weights = {}
     heads: set[str] = set()
     new: tuple[str, ...] = ("heads.",)
-    for name in names:
+    for name, kind in zip(names, wanted, strict=True):
         source = read_source(name, wanted_by)
+        if kind and source.kind != kind:
+            raise UserError(f"{wanted_by} {name!r} is of kind {source.kind}, where a {kind} is asked for")
         require_same_vocabulary(source, card.vocabulary, wanted_by)
         weights |= _routed(source, card.config, wanted_by)
         heads |= {task for task, spec in card.heads.items() if source.heads.get(task) == spec}
-        new += NEW[source.kind] if card.config.kind == "dual-encoder" else ()
+        new += NEW.get((source.kind, card.config.kind), ())
     own = model.state_dict()
-    taken = {n: x for n, x in weights.items() if not n.startswith("heads.")}
+    taken = {n: x for n, x in weights.items() if n in own or not n.startswith(new)}
+    taken = {n: x for n, x in taken.items() if not n.startswith("heads.")}
     foreign = [n for n in taken if n not in own] + [n for n in own if n not in taken and not n.startswith(new)]
     foreign += [n for n, x in taken.items() if n in own and own[n].shape != x.shape]
     if foreign:
@@ -169,7 +192,9 @@ def digest(entries: tuple[str, ...]) -> str:
 
 def _routed(source: Source, config: ModelConfig, wanted_by: str) -> Weights:
     if (source.kind, config.kind) not in ROUTES:
-        raise UserError(f"{wanted_by} {source.name!r} is a {source.kind}, which a {config.kind} cannot start from")
+        raise UserError(
+            f"{wanted_by} {source.name!r} is of kind {source.kind}, which a {config.kind} cannot start from"
+        )
     for key in ALIKE[source.kind]:
         ours, theirs = getattr(config, key), getattr(source.config, key)
         if ours != theirs:

@@ -77,6 +77,8 @@ def read_source(name: str, wanted_by: str) -> Source:
     if wanted == ("mlm",) and (files.config or {}).get("tie_word_embeddings", True):
         tensors = {**_tied_decoder(tensors), **tensors}
     found, misfits = read(layout, tensors, wanted)
+    if layout is LAYOUTS["ViLT's own"] and "retrieval" in found.heads:
+        found.heads.pop("itm", None)  # a retrieval file still has it, as it was before the body was fine-tuned
     if misfits:
         shown = ", ".join(misfits[:8]) + (f" and {len(misfits) - 8} more" if len(misfits) > 8 else "")
         raise UserError(f"{wanted_by} is {name!r}, which is not whole or holds more than a model: {shown}")
@@ -112,7 +114,10 @@ def _find(name: str, wanted_by: str) -> Files:
 def _beside(folder: Path, weights: Path) -> Files:
     """A file of weights with what lies beside it."""
     config, vocabulary = folder / "config.json", folder / "vocab.txt"
-    tree = json.loads(config.read_text()) if config.is_file() else None
+    try:
+        tree = json.loads(config.read_text()) if config.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{config} is not JSON: {error}") from None
     return Files(weights, tree, vocabulary if vocabulary.is_file() else None)
 
 
@@ -121,12 +126,12 @@ def _fetched(name: str, wanted_by: str) -> tuple[Path, Path]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=["config.json", "vocab.txt", *WEIGHT_FILES]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise _no_model(name, wanted_by, f"no such folder, and not to be had from the hub: {reason}") from None
     for file in WEIGHT_FILES:
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=["config.json", "vocab.txt", file]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise _no_model(name, wanted_by, f"no such folder, and not to be had from the hub: {reason}") from None
         if (folder / file).is_file():
             return folder, folder / file
     raise _no_model(name, wanted_by, f"the hub has no {' or '.join(WEIGHT_FILES)} for it")
@@ -135,7 +140,7 @@ def _fetched(name: str, wanted_by: str) -> tuple[Path, Path]:
 def _no_model(name: str, wanted_by: str, reason: str) -> UserError:
     return UserError(
         f"{wanted_by} is {name!r}, which holds no finished model ({reason}); it must be the folder of a run that has "
-        "ended, with model.json and model.safetensors, or a Hugging Face folder or id, or a file of weights"
+        "ended, with model.json and model.safetensors, a Hugging Face folder or id (owner/name), or a file of weights"
     )
 
 
@@ -146,6 +151,9 @@ def _tensors(path: Path, wanted_by: str) -> dict[str, Tensor]:
             return load_file(path)
         tree = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            if not file.read(2).startswith((b"PK", b"\x80")):
+                raise UserError(f"{wanted_by} is {str(path)!r}, which is no file of weights at all") from None
         raise UserError(
             f"{wanted_by} is {str(path)!r}, a pickle with more than tensors, which could run code and is not opened "
             f"({str(error).strip().splitlines()[0]}). If you trust it, convert it once: "

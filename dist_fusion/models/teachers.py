@@ -89,10 +89,6 @@ class TeacherConfig:
     answers: str = ""  # file of its answers in their order, where its source does not tell them
     precision: Annotated[str, one_of(PRECISIONS)] = "auto"
 
-    def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ValueError(f"weight is {self.weight}; it must be above 0")
-
 
 def build_teacher(
     config: TeacherConfig, student: ModelCard, soft: Sequence[str], answers: str, device: torch.device, wanted_by: str
@@ -122,8 +118,6 @@ def build_teacher(
         )
     model = TEACHERS[config.kind](source, student, soft, f"{wanted_by}.source")
     dtype = PRECISIONS[config.precision] or (torch.float16 if device.type == "cuda" else torch.float32)
-    if dtype == torch.float16 and device.type == "cpu":
-        raise UserError(f"{wanted_by}.precision is fp16, which a CPU cannot do well; use bf16, fp32 or auto")
     model = model.requires_grad_(False).eval().to(device, dtype)
     return Teacher(model, config.weight, frozenset(soft), config.head_map)
 
@@ -138,7 +132,8 @@ def require_heads(
             f"the teacher {source.name!r} has no head for {', '.join(lacking)} (it has "
             f"{', '.join(source.heads) or 'none'}), so it cannot give soft labels there. Three ways out: a teacher "
             "that has it (ViLT's own vilt_200k_mlm_itm.ckpt has mlm and itm; or train one, recipe vilt-pretrain); "
-            f"{wanted_by}.tasks={[t for t in soft if t not in lacking]} to take the others' alone; or distill.soft=0"
+            f"{wanted_by}.tasks={[t for t in soft if t not in lacking]} to take the others' alone; or distill.soft=0 "
+            "distill.hard=1"
         )
     for task in soft:
         theirs, ours = source.heads[task], student[task]

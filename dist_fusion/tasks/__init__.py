@@ -6,7 +6,7 @@ needs, its losses row by row, and how it is scored. TASKS knows nothing of model
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -24,6 +24,10 @@ from dist_fusion.types import HeadSpec, Target, Vocabulary
 
 class Task(Lays, Protocol):
     """What every task can do. Losses are per row [R]; weighting and reduction are the objective's."""
+
+    teachable: ClassVar[bool]  # a teacher's logits can be learned from
+    num_images: ClassVar[int]  # of a sample it looks at
+    limit: ClassVar[str]  # its key for how much of what an image is asked is drawn; "" if it draws nothing
 
     @property
     def weight(self) -> float: ...  # of the task's losses in the total
@@ -53,13 +57,13 @@ TASKS: dict[str, type[Task]] = {
     "retrieval": Retrieval,
 }
 """Tasks by the name they have in a recipe."""
-TEACHABLE = {"mlm", "itm", "vqa", "nlvr2", "snli_ve", "retrieval"}
-"""Tasks with a soft-label loss; contrast has none in the paper (a fusion encoder has no vectors to compare)."""
-PAIRED = {"nlvr2"}
+TEACHABLE = {name for name, kind in TASKS.items() if kind.teachable}
+"""Tasks with a soft-label loss."""
+PAIRED = {name for name, kind in TASKS.items() if kind.num_images == 2}
 """Tasks that look at two images of a sample."""
-LIMITS = {"vqa": "questions_per_image", "snli_ve": "statements_per_image"}
+LIMITS = {name: kind.limit for name, kind in TASKS.items() if kind.limit}
 """Keys of tasks that draw some of what an image is asked; a score is of all."""
-BLOCKED = {"itm", "retrieval"}
+BLOCKED = {name for name, kind in TASKS.items() if "block" in kind.__dataclass_fields__}  # type: ignore[attr-defined]
 """Tasks that draw inside blocks of samples; their `block` says of how many."""
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,6 +21,10 @@ class Itc:
     weight: float = 1.0
     dimensions: int = 256
     attention: float = 1.0  # weight of the matched pairs in attention distillation
+
+    teachable: ClassVar[bool] = False  # a fusion encoder has no vectors to compare
+    num_images: ClassVar[int] = 1
+    limit: ClassVar[str] = ""
 
     def head(self, vocabulary: Vocabulary) -> HeadSpec:
         return HeadSpec("contrast", self.dimensions)

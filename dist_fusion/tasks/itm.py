@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,10 @@ class Itm:
     weight: float = 1.0
     block: int = 16  # samples; a micro-batch must be a multiple
     attention: float = 1.0  # weight of its pairs in attention distillation
+
+    teachable: ClassVar[bool] = True
+    num_images: ClassVar[int] = 1
+    limit: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if self.block < 1:

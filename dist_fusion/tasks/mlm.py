@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,6 +22,10 @@ class Mlm:
     weight: float = 1.0
     probability: float = 0.15
     attention: float = 0.0  # weight of the masked pairs in attention distillation
+
+    teachable: ClassVar[bool] = True
+    num_images: ClassVar[int] = 1
+    limit: ClassVar[str] = ""
 
     def head(self, vocabulary: Vocabulary) -> HeadSpec:
         return HeadSpec("token", vocabulary.size)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,10 @@ class Nlvr2:
 
     weight: float = 1.0
     attention: float = 1.0  # weight of each of its pairs in attention distillation
+
+    teachable: ClassVar[bool] = True
+    num_images: ClassVar[int] = 2
+    limit: ClassVar[str] = ""
 
     def head(self, vocabulary: Vocabulary) -> HeadSpec:
         return HeadSpec("classifier", len(LABELS), num_pairs=2)

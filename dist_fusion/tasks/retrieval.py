@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,6 +24,10 @@ class Retrieval:
     block: int = 16  # samples; a micro-batch must be a multiple
     negatives: int = 15  # candidates beside the own image, where the block has so many
     attention: float = 1.0  # weight of each of its pairs in attention distillation
+
+    teachable: ClassVar[bool] = True
+    num_images: ClassVar[int] = 1
+    limit: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.negatives < self.block:

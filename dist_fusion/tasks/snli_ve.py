@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,6 +22,10 @@ class SnliVe:
     weight: float = 1.0
     statements_per_image: int = 0  # drawn anew at every visit; 0 is all of them
     attention: float = 1.0  # weight of its pairs in attention distillation
+
+    teachable: ClassVar[bool] = True
+    num_images: ClassVar[int] = 1
+    limit: ClassVar[str] = "statements_per_image"
 
     def __post_init__(self) -> None:
         if len(set(self.labels)) != 3 or len(self.labels) != 3:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class Vqa:
     weight: float = 1.0
     questions_per_image: int = 0  # drawn anew at every visit; 0 is all of them
     attention: float = 1.0
+
+    teachable: ClassVar[bool] = True
+    num_images: ClassVar[int] = 1
+    limit: ClassVar[str] = "questions_per_image"
 
     def head(self, vocabulary: Vocabulary) -> HeadSpec:
         answers = list(read_answers(self.answers).number)
@@ -83,13 +87,13 @@ class Vqa:
 
 
 @cache
-def read_answers(path: str) -> Answers:
-    """The answer list of a data set; raises UserError if the file is missing or is not one."""
+def read_answers(path: str, wanted_by: str = "tasks.vqa.answers") -> Answers:
+    """The answer list of a data set; raises UserError, naming the key `wanted_by`, if the file is missing or wrong."""
     try:
         tree = json.loads(Path(path).read_text())
-        return Answers({answer: i for i, answer in enumerate(tree["answers"])}, (*tree["kinds"], "other"))
+        return Answers({answer: i for i, answer in enumerate(tree["answers"])}, (*tree.get("kinds", ()), "other"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"tasks.vqa.answers is {path!r}: {type(error).__name__}: {error}; "
+            f"{wanted_by} is {path!r}: {type(error).__name__}: {error}; "
             'it must be a JSON file {"answers": [...], "kinds": [...]}, as `dist-fusion prepare` writes'
         ) from None

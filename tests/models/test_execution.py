@@ -25,7 +25,7 @@ def step(fusion: str = "bridge-pre", dropout: float = 0.0, layers: int = 2, *, k
     torch.manual_seed(3)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model(batch)
-    loss = objective(DistillConfig(), tasks, batch, output, None, row_weights([batch], tasks)).total
+    loss = objective(DistillConfig(), tasks, batch, output, (), row_weights([batch], tasks)).total
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}, sum(kept.values())
 

@@ -209,5 +209,28 @@ def test_two_towers_do_not_start_a_fusion_encoder(tmp_path):
     card, before = student()
     save_model(tmp_path, card, before.state_dict())
     other, model = student(kind="fusion-encoder")
-    with pytest.raises(UserError, match="is a dual-encoder, which a fusion-encoder cannot start from"):
+    with pytest.raises(UserError, match="is of kind dual-encoder, which a fusion-encoder cannot start from"):
         initialise_from(model, other, str(tmp_path), "initialise_from")
+
+
+def test_a_shallow_fusion_pools_as_the_vilt_it_starts_from(vilt_folder):
+    card, model = student(fusion="shallow")
+    initialise_from(model, card, vilt_folder, "initialise_from")
+    for pool in (model.fusion.pool_text, model.fusion.pool_image):
+        assert torch.equal(pool.weight, foreign.vilt("mlm").vilt.pooler.dense.weight)
+
+
+def test_a_fusion_encoder_can_start_as_vilt_did_from_a_vit(tmp_path):
+    torch.save(vit().state_dict(), tmp_path / "vit.pth")
+    card, model = student(kind="fusion-encoder")
+    new = model.text_embedding.word.weight.clone()
+    assert initialise_from(model, card, str(tmp_path / "vit.pth"), "initialise_from") == ["mlm", "itm"]
+    assert torch.equal(model.encoder.blocks[2].attention.qkv.weight, vit().blocks[2].attn.qkv.weight)
+    assert torch.equal(model.text_embedding.word.weight, new)
+
+
+def test_each_tower_must_be_given_weights_of_its_kind(tmp_path, vilt_folder):
+    torch.save(vit().state_dict(), tmp_path / "vit.pth")
+    card, model = student()
+    with pytest.raises(UserError, match="is of kind fusion-encoder, where a text-tower is asked for"):
+        initialise_from(model, card, Towers(vilt_folder, str(tmp_path / "vit.pth")), "initialise_from")

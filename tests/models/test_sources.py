@@ -159,13 +159,17 @@ def test_a_tied_decoder_is_the_word_embeddings(tmp_path):
     assert torch.equal(weights["heads.mlm.decoder.weight"], weights["text_embedding.word.weight"])
 
 
-def test_the_authors_file_with_every_head_shows_them_all(tmp_path):
+def test_the_authors_files_show_the_heads_that_fit_their_body(tmp_path):
     state = foreign.as_original(foreign.vilt("mlm").state_dict())
     state |= {"itm_score.fc.weight": torch.randn(2, 128), "itm_score.fc.bias": torch.randn(2)}
     state |= {"rank_output.weight": torch.randn(1, 128), "rank_output.bias": torch.randn(1)}
     torch.save({"state_dict": state}, tmp_path / "all.ckpt")
     source = read_source(str(tmp_path / "all.ckpt"), "x")
-    assert list(source.heads) == ["mlm", "itm", "retrieval"]
+    assert list(source.heads) == ["mlm", "retrieval"]  # the body has moved on from its matching head
+    del state["rank_output.weight"], state["rank_output.bias"]
+    torch.save({"state_dict": state}, tmp_path / "all.ckpt")
+    source = read_source(str(tmp_path / "all.ckpt"), "x")
+    assert list(source.heads) == ["mlm", "itm"]
     assert torch.equal(source.weights["heads.itm.weight"], state["itm_score.fc.weight"])
 
 
@@ -212,6 +216,19 @@ def test_a_broken_file_is_refused(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match="x is"):
         read_source(str(tmp_path / name), "x")
+
+
+def test_a_page_or_a_pointer_in_place_of_a_file_is_called_what_it_is(tmp_path):
+    (tmp_path / "x.ckpt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="is no file of weights at all"):
+        read_source(str(tmp_path / "x.ckpt"), "x")
+
+
+def test_a_broken_config_json_is_told(tmp_path):
+    foreign.vilt("vqa").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        read_source(str(tmp_path), "x")
 
 
 def test_what_is_nowhere_is_told(tmp_path):

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
+from dist_fusion.config import load
 from dist_fusion.distill import DistillConfig, objective, row_weights
+from dist_fusion.engine import check_device, ds_config
 from dist_fusion.models.teachers import Lesson, TeacherConfig, build_teacher, teach
 from dist_fusion.models.weights import save_model
 from dist_fusion.schema import UserError
@@ -63,9 +65,11 @@ def test_a_teacher_computes_in_its_precision(saved_teacher, batch, precision):
     torch.testing.assert_close(lesson.output.logits["itm"].float(), exact.output.logits["itm"], atol=0.5, rtol=0.1)
 
 
-def test_half_precision_is_refused_on_a_cpu(saved_teacher):
-    with pytest.raises(UserError, match=r"teachers\.0\.precision is fp16"):
-        built(saved_teacher, precision="fp16")
+def test_half_precision_is_refused_where_a_rank_has_no_gpu(saved_teacher, tiny_recipe):
+    teacher = [f"teachers.0.source={saved_teacher}", "distill.soft=1", "teachers.0.precision=fp16"]
+    config = load(tiny_recipe, teacher)
+    with pytest.raises(UserError, match=r"teachers\.0\.precision is fp16, which needs a GPU"):
+        check_device(config, ds_config(config, 1), CPU)
 
 
 def test_a_teacher_that_cannot_teach_this_student_is_refused_with_both_sides(saved_teacher):
@@ -88,7 +92,7 @@ def test_a_head_that_is_not_there_is_never_made_up_and_three_ways_out_are_told(s
     assert "has no head for vqa (it has mlm, itm)" in told
     assert "recipe vilt-pretrain" in told
     assert "teachers.0.tasks=['itm']" in told
-    assert "distill.soft=0" in told
+    assert "distill.soft=0 distill.hard=1" in told
     foreign.vilt("mlm").save_pretrained(tmp_path / "hub")
     with pytest.raises(UserError, match=r"has no head for itm \(it has mlm\)"):
         built(str(tmp_path / "hub"), width=128)

@@ -114,9 +114,7 @@ def test_the_head_has_one_output_an_answer(vocabulary, answers):
     assert task.kinds() == ("colour", "yes/no", "other")
 
 
-@pytest.mark.parametrize(
-    "content", [None, "", "[1, 2]", '{"answers": ["yes"]}', '{"answers": 3, "kinds": []}', "\udcff"]
-)
+@pytest.mark.parametrize("content", [None, "", "[1, 2]", '{"kinds": ["yes"]}', '{"answers": 3, "kinds": []}', "\udcff"])
 def test_a_missing_or_wrong_answer_list_is_told(tmp_path, vocabulary, content):
     path = tmp_path / "answers.json"
     if content is not None:
