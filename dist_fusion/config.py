@@ -294,10 +294,10 @@ def check(config: Config) -> None:
                 raise UserError(f"teachers.{number}.tasks names {task!r}, which it cannot teach here; it can be {can}")
     if not any(task.weight for task in tasks.values()) and not (sites and distill.attention):
         raise UserError("every task weighs 0, and no attention is matched: nothing would be learned")
-    for name, task in tasks.items():
+    for name, one in tasks.items():
         taught = any(name in config.soft_tasks(teacher) for teacher in config.teachers)
-        if task.weight and not distill.hard and not taught:
+        if one.weight and not distill.hard and not taught:
             raise UserError(
                 f"tasks.{name} would learn nothing: distill.hard is 0, and no teacher gives soft labels for it; set "
-                f"distill.hard=1, tasks.{name}=false, or tasks.{name}.weight=0 to match the attention of its pairs alone"
+                f"distill.hard=1, tasks.{name}=false, or tasks.{name}.weight=0 to match its pairs' attention alone"
             )

@@ -78,8 +78,13 @@ def sentences() -> list[Sentence]:
     for what, scenes in _things().items():
         others = SCENES - scenes
         one = [(scenes, others), (others, scenes)]
-        said.append(Sentence(f"both images contain a {what}", [(scenes, scenes)], one))
-        said.append(Sentence(f"exactly one image contains a {what}", one, [(scenes, scenes), (others, others)]))
+        said += [
+            Sentence(f"both images contain a {what}", [(scenes, scenes)], one),
+            Sentence(f"neither image contains a {what}", [(others, others)], one),
+            Sentence(f"exactly one image contains a {what}", one, [(scenes, scenes), (others, others)]),
+            Sentence(f"the left image contains a {what}", [(scenes, SCENES)], [(others, SCENES)]),
+            Sentence(f"the right image contains a {what}", [(SCENES, scenes)], [(SCENES, others)]),
+        ]
     for text, words, place in (
         ("the two shapes have the same color", COLOURS, 0),
         ("the two shapes are of the same kind", SHAPES, 1),

@@ -56,8 +56,11 @@ def told(text, left, right):
         place = 0 if text == "the two shapes have the same color" else 1
         return left[place] == right[place]
     (word,) = set(re.findall(r"\w+", text)) & {*COLOURS, *SHAPES}
+    one = re.fullmatch(r"the (left|right) image contains .*", text)
+    if one:
+        return word in shows[("left", "right").index(one[1])]
     how_many = sum(word in shown for shown in shows)
-    return how_many == {"both": 2, "exactly": 1}[text.split()[0]]
+    return how_many == {"both": 2, "exactly": 1, "neither": 0}[text.split()[0]]
 
 
 def test_every_sentence_is_true_of_its_pair_as_labelled_by_the_facts(pairs, known):
