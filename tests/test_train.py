@@ -220,7 +220,7 @@ def test_an_undecodable_image_is_reported_and_training_goes_on(two_ranks, recipe
         (["data.vocabulary=/nowhere.txt"], "no such file"),
         (["global_batch=10"], "no multiple of tasks.itm.block"),
         (["deepspeed=zero9"], "zero1"),
-        (["deepspeed=zero2-fp16"], "fp16 needs a GPU"),
+        (["deepspeed=zero2-fp16"], "deepspeed=zero2-fp16 is fp16, which needs a GPU"),
         (["optimizer.multipliers.head=3"], "did you mean 'heads'?"),
         (["initialise_from=/nowhere"], "holds no finished model"),
         (["teachers.0.source=/nowhere", "distill.soft=1"], "holds no finished model"),
