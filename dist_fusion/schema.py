@@ -4,7 +4,7 @@ pydantic does the typing of plain standard-library dataclasses; here are entries
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -59,7 +59,7 @@ def build(kind: type[T], tree: Any, where: str) -> T:
 
 
 def _explain(kind: Any, problem: Any) -> str:
-    path = [str(part) for part in problem["loc"]]
+    path = _keyed(kind, problem["loc"])
     known = _keys(kind, path[:-1])
     named = ".".join(path)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -69,6 +69,20 @@ def _explain(kind: Any, problem: Any) -> str:
         return f"{named} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{named or 'recipe'} is {problem['input']!r}: {message}"
+
+
+def _keyed(kind: Any, place: Sequence[str | int]) -> list[str]:
+    """A place in a tree by its keys alone: where a key takes one of several types, pydantic names the type as well."""
+    path = []
+    for part in place:
+        options = {getattr(option, "__name__", ""): option for option in get_args(kind)}
+        if part in options:
+            kind = options[str(part)]
+            continue
+        path.append(str(part))
+        inside = next((option for option in (kind, *options.values()) if is_dataclass(option)), None)
+        kind = inside if isinstance(part, int) else get_type_hints(inside).get(part) if inside else None
+    return path
 
 
 def _keys(kind: Any, path: list[str]) -> set[str] | None:

@@ -74,6 +74,8 @@ def test_a_dump_keeps_any_number_and_any_string(tmp_path_factory, optimizer, see
         (["tasks.itm=7"], "tasks.itm is 7"),
         (["teachers=[{}]"], "teachers.0.source is missing"),
         (["teachers.2.source=x"], "'teachers.2.source=x' counts from 0 to 1 where it says '2'"),
+        (["initialise_from={text: x}"], "  initialise_from.image is missing"),
+        (["initialise_from={text: x, imgae: y}"], "unknown key 'initialise_from.imgae'; did you mean 'image'?"),
         (["teachers.0.weight=0"], "teachers.0.weight is 0.0; it must be at least 1e-06"),
         (["teachers.0.weight=.nan"], "teachers.0.weight is nan"),
         (["tasks.mlm.weight=-1"], "tasks.mlm.weight is -1.0; it must be at least 0"),
