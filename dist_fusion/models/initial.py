@@ -57,8 +57,7 @@ def image_tower(weights: Weights) -> Weights:
 
 def joint_encoder(weights: Weights) -> Weights:
     """A ViT as a ViLT's encoder, ViLT's own start (arXiv:2102.03334)."""
-    named = {n.replace("image_tower.", "encoder."): x for n, x in image_tower(weights).items()}
-    return named
+    return {n.replace("image_tower.", "encoder."): x for n, x in image_tower(weights).items()}
 
 
 ROUTES: dict[tuple[str, str], Callable[[Weights], Weights]] = {
