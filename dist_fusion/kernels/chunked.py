@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dist_fusion.kernels.problem import Problem, Solution, of_student_heads
+from dist_fusion.kernels.problem import Problem, Solution, empty_as, of_student_heads
 
 CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Of one fp32 map of a chunk, by kind of device: on a CPU a few of them stay in the second-level cache."""
@@ -19,8 +19,8 @@ def solve(problem: Problem, gradients: bool) -> Solution:
     """The loss and, if asked for, both gradients."""
     pairs, heads, queries, _ = problem.student_query.shape
     keys = problem.student_key.shape[2]
-    query_gradient = torch.empty_like(problem.student_query) if gradients else None
-    key_gradient = torch.empty_like(problem.student_key) if gradients else None
+    query_gradient = empty_as(problem.student_query) if gradients else None
+    key_gradient = empty_as(problem.student_key) if gradients else None
     loss = problem.coefficient.new_zeros(())
     size = max(1, CHUNK_BYTES[problem.student_query.device.type] // max(4 * heads * queries * keys, 1))
     for start in range(0, pairs, size):

@@ -63,3 +63,9 @@ def coefficients(
 def of_student_heads(tensor: Tensor, head_map: Sequence[int] | None) -> Tensor:
     """A teacher's [P, H', L, K] as [P, H, L, K], for each student head its own."""
     return tensor if head_map is None else tensor[:, list(head_map)]
+
+
+def empty_as(x: Tensor) -> Tensor:
+    """New memory for the shape and type of `x`, without gaps and with its dimensions in the same order."""
+    order = sorted(range(x.ndim), key=x.stride().__getitem__, reverse=True)
+    return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device)
