@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_fusion.kernels.problem import Problem, Solution, empty_as, of_student_heads
 
-CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 27}
+CHUNK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 27}
 """Of one fp32 map of a chunk, by kind of device."""
 FLOOR = -1e30
 """Added to the scores of masked keys. Finite: differences of infinities are not numbers."""
@@ -44,15 +44,13 @@ def solve(problem: Problem, gradients: bool) -> Solution:
     for start in range(0, pairs, size):
         part = slice(start, start + size)
         query, key = _dense(p.student_query, p.query_mask, part), _dense(p.student_key, p.key_mask, part)
-        theirs = (
-            of_student_heads(_dense(x, mask, part), p.head_map)
-            for x, mask in ((p.teacher_query, p.query_mask), (p.teacher_key, p.key_mask))
-        )
+        teacher_query = of_student_heads(_dense(p.teacher_query, p.query_mask, part), p.head_map)
+        teacher_key = of_student_heads(_dense(p.teacher_key, p.key_mask, part), p.head_map)
         here = maps[:, : len(query)]
         floor = None if outside is None else outside[part, None, None, :]
         kl, slopes = DIVERGENCES[p.direction](
             _rows(query, key, p.student_scale, floor, here[0], here[1]),
-            _rows(*theirs, p.teacher_scale, floor, here[2], here[3]),
+            _rows(teacher_query, teacher_key, p.teacher_scale, floor, here[2], here[3]),
         )
         loss = loss + (kl.sum(1) * by_row[part] * p.coefficient[part, None]).sum()
         if query_gradient is not None and key_gradient is not None:
