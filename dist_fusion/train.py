@@ -8,7 +8,6 @@ Exit codes: 0 done; 75 saved, continue me (start the same command again); 2 the 
 """
 
 import json
-import math
 import os
 import random
 import sys
@@ -36,6 +35,7 @@ from dist_fusion.engine import (
     check_multipliers,
     ds_config,
     full_weights,
+    gradient_norm,
     skipped,
     start_ranks,
     stop_ranks,
@@ -134,7 +134,7 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torc
     while step < config.steps:
         # One optimizer step. Half-gathered gradients are in no checkpoint, so nothing is saved inside.
         loaded = interval.fetch(batches, config.accumulation)
-        rows = distributed.summed(row_weights([one.batch for one in loaded], tasks).to(device))
+        rows = to_device(distributed.summed(row_weights([one.batch for one in loaded], tasks)), device)
         learning_rate = base_learning_rate(engine)
         for one in loaded:
             batch = to_device(one.batch, device)
@@ -146,13 +146,11 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torc
             interval.add(loss.total, loss.terms)
         step += 1
 
-        stopping, last = stop.anywhere(device), step == config.steps
+        stopping, last = stop.anywhere(), step == config.steps
         values: dict[str, float] = {}
         if last or step % config.log_every == 0:
-            values = interval.read(config.global_batch)
-            values["optimizer/learning_rate"] = learning_rate
-            norm = float(engine.get_global_grad_norm() or 0.0)
-            values |= skipped(engine) | ({"optimizer/gradient_norm": norm} if math.isfinite(norm) else {})
+            values = interval.read(config.global_batch, gradient_norm(engine))
+            values |= {"optimizer/learning_rate": learning_rate, **skipped(engine)}
             monitor.progress(step, values)
         if stopping or last or step % config.save_every == 0:
             log.info("saved %s", checkpoint.save(engine, run, config, parts.identity, step).folder)
