@@ -125,7 +125,8 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torc
     engine = build_engine(parts.model.to(device), config, ranks)
     seed_everything(config.seed + 1 + distributed.rank())
     step = checkpoint.resume(engine, run)
-    batches = load_batches(parts.stream.starting_at(step * config.accumulation), config.data.num_workers)
+    ahead = parts.stream.starting_at(step * config.accumulation)
+    batches = load_batches(ahead, config.data.num_workers, pin=device.type == "cuda")
     monitor, interval = Monitor(run, step, config.steps), Interval()
     log.info(
         "%s: step %d of %d, %d samples an epoch, %d ranks", run, step, config.steps, parts.stream.num_samples, ranks
