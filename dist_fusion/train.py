@@ -42,7 +42,7 @@ from dist_fusion.engine import (
 )
 from dist_fusion.evaluate import evaluate
 from dist_fusion.facts import measure, table
-from dist_fusion.models.execution import set_execution
+from dist_fusion.models.execution import Aside, set_execution
 from dist_fusion.models.initial import initialise_from
 from dist_fusion.models.sources import source_digest
 from dist_fusion.models.teachers import Teacher, build_teacher, teach
@@ -127,7 +127,7 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torc
     step = checkpoint.resume(engine, run)
     ahead = parts.stream.starting_at(step * config.accumulation)
     batches = load_batches(ahead, config.data.num_workers, pin=device.type == "cuda")
-    monitor, interval = Monitor(run, step, config.steps), Interval()
+    monitor, interval, aside = Monitor(run, step, config.steps), Interval(), Aside(device, config.teacher_stream)
     log.info(
         "%s: step %d of %d, %d samples an epoch, %d ranks", run, step, config.steps, parts.stream.num_samples, ranks
     )
@@ -139,8 +139,9 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torc
         learning_rate = base_learning_rate(engine)
         for one in loaded:
             batch = to_device(one.batch, device)
-            lessons = teach(parts.teachers, batch)
-            loss = objective(config.distill, tasks, batch, engine(batch), lessons, rows)
+            with aside:
+                lessons = teach(parts.teachers, batch)
+            loss = objective(config.distill, tasks, batch, engine(batch), aside.joined(lessons), rows)
             # DeepSpeed averages over ranks and micro-steps; the loss is a share of a sum over both.
             engine.backward(loss.total * (ranks * config.accumulation))
             engine.step()
