@@ -90,3 +90,24 @@ def test_teachers_student_and_objective_ask_a_gpu_for_nothing(task_sets, which, 
 def test_asking_a_gpu_would_be_seen(ask):
     with FakeTensorMode(), pytest.raises((RuntimeError, AssertionError)), Aboard():
         ask(torch.empty(2, 2, device=GPU))
+
+
+@pytest.mark.parametrize("match", ["kl", "l2"])
+def test_texts_cut_to_the_longest_give_the_losses_and_gradients_of_texts_padded_to_the_full_length(match):
+    """Logits of both models, every term of the objective, and every gradient; the teacher's attention is matched too."""
+    student = tiny.model(tiny.model_config(), tiny.PRETRAINING).double()
+    teacher = tiny.model(tiny.model_config("fusion-encoder"), tiny.TEACHING, seed=1).double()
+    distill = DistillConfig(targets="both", match=match, soft=1.0)
+    found = []
+    for pad_multiple in (1, 12):
+        batch = tiny.batch(tiny.PRETRAINING, tiny.samples(8), pad_multiple)
+        lessons = tiny.lessons(teacher.requires_grad_(False).eval(), batch)
+        output = student(batch)
+        loss = objective(distill, tiny.PRETRAINING, batch, output, lessons, row_weights([batch], tiny.PRETRAINING))
+        gradients = torch.autograd.grad(loss.total, [*student.parameters()])
+        found.append((batch.text_ids.shape[1], output.logits, lessons[0].output.logits, loss, gradients))
+    (short, *cut), (full, *padded) = found
+    assert short < full == 12
+    sites = {f"attention/{model}.{way}" for model in ("tower", "bridge") for way in ("t2i", "i2t")}
+    assert cut[2].terms.keys() == {"hard/mlm", "hard/itm", "hard/itc", "soft/mlm", "soft/itm"} | sites
+    torch.testing.assert_close(cut, padded, rtol=1e-5, atol=1e-6)
