@@ -55,7 +55,7 @@ def empty(kind, tasks, **changes):
     ],
 )
 def test_teachers_student_and_objective_ask_a_gpu_for_nothing(task_sets, which, fusion, match):
-    """On tensors without data, in fp16, for every task, fusion and way to match."""
+    """On tensors without data, in fp16, for every task, fusion and way to match, with a head map."""
     tasks = task_sets[which]
     laid = tiny.batch(tasks, tiny.samples(8, paired=which == "fine-tuning"))
     taught = {name: task for name, task in tasks.items() if task.teachable}
@@ -67,7 +67,8 @@ def test_teachers_student_and_objective_ask_a_gpu_for_nothing(task_sets, which, 
         batch, rows = tree_map_only(
             torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=GPU), (laid, rows)
         )
-        teachers = [Teacher(teacher.requires_grad_(False).eval(), weight, frozenset(taught), None) for weight in (1, 2)]
+        teacher.requires_grad_(False).eval()
+        teachers = [Teacher(teacher, 1.0, frozenset(taught), head_map) for head_map in (None, (1, 0))]
         with Aboard():
             lessons = teach(teachers, batch)
             loss = objective(distill, tasks, batch, student(batch), lessons, rows)
