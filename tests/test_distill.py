@@ -95,7 +95,7 @@ def test_asking_a_gpu_would_be_seen(ask):
 
 @pytest.mark.parametrize("match", ["kl", "l2"])
 def test_texts_cut_to_the_longest_give_the_losses_and_gradients_of_texts_padded_to_the_full_length(match):
-    """Logits of both models, every term of the objective, and every gradient; the teacher's attention is matched too."""
+    """Logits of both models, every term of the objective, the attention ones too, and every gradient."""
     student = tiny.model(tiny.model_config(), tiny.PRETRAINING).double()
     teacher = tiny.model(tiny.model_config("fusion-encoder"), tiny.TEACHING, seed=1).double()
     distill = DistillConfig(targets="both", match=match, soft=1.0)
