@@ -118,8 +118,8 @@ class Interval:
     def read(self, global_batch: int, norm: Tensor) -> dict[str, float]:
         """Means over the interval and all ranks, and `norm`, the last gradient's, if it is a finite number. Collective.
 
-        `health/nonfinite` counts the micro-steps of ranks whose loss was none. Here alone the host reads the device,
-        and once: reading waits for all that the device still has to do.
+        `health/nonfinite` counts the micro-steps of ranks whose loss was none. Reading waits for all that the device
+        still has to do; so the host reads it here alone, and once. (DeepSpeed's step reads the norm that it clips by.)
         """
         losses = torch.stack([*self._sums.values(), self._nonfinite])
         read = torch.cat([summed(losses), to_device(norm, losses.device).to(losses.dtype).view(1)])

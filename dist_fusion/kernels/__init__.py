@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_fusion.kernels import chunked, fused, hybrid
-from dist_fusion.kernels.autograd import Impl, Solved
+from dist_fusion.kernels.autograd import Impl, solved
 from dist_fusion.kernels.choice import HAS_TRITON, choose, place_of
 from dist_fusion.kernels.launch import interpreting
 from dist_fusion.kernels.problem import Problem, coefficients, of_student_heads
@@ -89,9 +89,7 @@ def attention_kl(
         temperature=temperature,
         head_map=None if head_map is None else tuple(head_map),
     )
-    gradients = torch.is_grad_enabled() and (student_query.requires_grad or student_key.requires_grad)
-    with torch.autocast(student_query.device.type, enabled=False):
-        return Solved.apply(student_query, student_key, problem, chosen, gradients)
+    return solved(problem, student_query, student_key, chosen)
 
 
 def attention_l2(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from dist_fusion.kernels.problem import Problem, Solve
@@ -48,3 +49,14 @@ class Solved(torch.autograd.Function):
         may_change = not torch._C._autograd._get_current_graph_task_keep_graph()
         wanted = zip((query_gradient, key_gradient), ctx.needs_input_grad[:2], strict=True)
         return *(ctx.rescale(kept, factor, may_change) if want else None for kept, want in wanted), None, None, None
+
+
+@_disable_dynamo  # torch.compiler.disable, except that it loads the compiler at the first call and not here
+def solved(problem: Problem, query: Tensor, key: Tensor, impl: Impl) -> Tensor:
+    """The loss of `problem`, for autograd a function of its student's `query` and `key`.
+
+    Compilers do not look inside: there is nothing to fuse with, and they would trace the interpreter of the kernels.
+    """
+    gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    with torch.autocast(query.device.type, enabled=False):
+        return Solved.apply(query, key, problem, impl, gradients)

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dist_fusion.kernels.hybrid import MOST_KEYS
+from dist_fusion.kernels.launch import capability_of
 
 HALVES = frozenset({torch.float16, torch.bfloat16})
 SINGLES = HALVES | {torch.float32}
@@ -59,6 +60,6 @@ def choose(place: Place) -> str:
 def place_of(tensors: tuple[torch.Tensor, ...]) -> Place:
     """Where a student's and a teacher's queries and keys are. Tensors without data are nowhere a kernel could run."""
     device, fake = tensors[0].device, isinstance(tensors[0], FakeTensor)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and not fake else (0, 0)
+    capability = (0, 0) if fake else capability_of(device)
     kinds = frozenset(x.dtype for x in tensors)
     return Place(device.type, capability, kinds, tensors[1].shape[2], HAS_TRITON and not fake)

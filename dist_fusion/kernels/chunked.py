@@ -1,44 +1,62 @@
 """`attention_kl` in plain PyTorch with the gradients found beside the loss, some pairs at a time.
 
-No map outlives its chunk, and a chunk's maps stay in the cache of the core that made them. This is the CPU's way, and
-that of a GPU without Triton.
+No map outlives its chunk: four are laid out once and written again and again, small enough to stay in a core's cache.
+This is the CPU's way, and that of a GPU without Triton. Scores are in base 2, in which powers cost a third.
 """
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dist_fusion.kernels.problem import Problem, Solution, of_student_heads
+from dist_fusion.kernels.problem import Problem, Solution, empty_as, of_student_heads
 
-CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 27}
-"""Of one fp32 map of a chunk, by kind of device: on a CPU a few of them stay in the second-level cache."""
+CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""Of one fp32 map of a chunk, by kind of device."""
+FLOOR = -1e30
+"""Added to the scores of masked keys. Finite: differences of infinities are not numbers."""
+LOG2E, LN2 = math.log2(math.e), math.log(2)
+
+
+class Rows(NamedTuple):
+    """One model's scores less the largest of their row, their powers of 2, and the sums of these."""
+
+    scores: Tensor  # [p, H, M, N]
+    powers: Tensor  # [p, H, M, N]
+    sums: Tensor  # [p, H, M, 1]
 
 
 def solve(problem: Problem, gradients: bool) -> Solution:
     """The loss and, if asked for, both gradients."""
-    pairs, heads, queries, _ = problem.student_query.shape
-    keys = problem.student_key.shape[2]
-    query_gradient = torch.empty_like(problem.student_query) if gradients else None
-    key_gradient = torch.empty_like(problem.student_key) if gradients else None
-    loss = problem.coefficient.new_zeros(())
-    size = max(1, CHUNK_BYTES[problem.student_query.device.type] // max(4 * heads * queries * keys, 1))
+    p = problem
+    pairs, heads, queries, _ = p.student_query.shape
+    keys = p.student_key.shape[2]
+    query_gradient = empty_as(p.student_query) if gradients else None
+    key_gradient = empty_as(p.student_key) if gradients else None
+    # A row that is none counts nothing.
+    by_row = torch.ones_like(p.coefficient)[:, None] if p.query_mask is None else p.query_mask.float()
+    outside = None if p.key_mask is None else FLOOR * (~p.key_mask).float()
+    loss = p.coefficient.new_zeros(())
+    size = max(1, min(pairs, CHUNK_BYTES[p.student_query.device.type] // (4 * heads * queries * keys)))
+    maps = p.coefficient.new_empty(4, size, heads, queries, keys)
     for start in range(0, pairs, size):
         part = slice(start, start + size)
-        query, key = _clean(problem, part)
-        teacher_query, teacher_key = (
-            of_student_heads(x[part], problem.head_map).float() for x in (problem.teacher_query, problem.teacher_key)
+        query, key = _dense(p.student_query, p.query_mask, part), _dense(p.student_key, p.key_mask, part)
+        theirs = (
+            of_student_heads(_dense(x, mask, part), p.head_map)
+            for x, mask in ((p.teacher_query, p.query_mask), (p.teacher_key, p.key_mask))
         )
-        rows, slopes = ROWS[problem.direction](
-            _log_rows(query, key, problem.student_scale, problem, part),
-            _log_rows(teacher_query, teacher_key, problem.teacher_scale, problem, part),
+        here = maps[:, : len(query)]
+        floor = None if outside is None else outside[part, None, None, :]
+        kl, slopes = DIVERGENCES[p.direction](
+            _rows(query, key, p.student_scale, floor, here[0], here[1]),
+            _rows(*theirs, p.teacher_scale, floor, here[2], here[3]),
         )
-        if problem.query_mask is not None:  # rows that are none may hold what their padding held
-            outside = ~problem.query_mask[part, None, :, None]
-            rows, slopes = rows.masked_fill_(outside, 0), slopes.masked_fill_(outside, 0)
-        loss = loss + (rows.sum((1, 2, 3)) * problem.coefficient[part]).sum()
+        loss = loss + (kl.sum(1) * by_row[part] * p.coefficient[part, None]).sum()
         if query_gradient is not None and key_gradient is not None:
-            slopes *= (problem.slope[part] * problem.student_scale)[:, None, None, None]
+            slopes *= (by_row[part] * (p.slope[part, None] * p.student_scale))[:, None, :, None]
             query_gradient[part] = slopes @ key
             key_gradient[part] = slopes.mT @ query
     return Solution(loss, query_gradient, key_gradient)
@@ -51,39 +69,56 @@ def rescale(kept: Tensor, factor: Tensor, may_change: bool) -> Tensor:
     return torch.mul(kept, factor, out=kept if may_change else torch.empty_like(kept))
 
 
-def _clean(problem: Problem, part: slice) -> tuple[Tensor, Tensor]:
-    """The student's queries and keys in fp32, padding emptied: a NaN there times a slope of 0 would still be NaN."""
-    query, key = problem.student_query[part].float(), problem.student_key[part].float()
-    if problem.query_mask is not None:
-        query = query.masked_fill(~problem.query_mask[part, None, :, None], 0)
-    if problem.key_mask is not None:
-        key = key.masked_fill(~problem.key_mask[part, None, :, None], 0)
-    return query, key
+def _dense(x: Tensor, mask: Tensor | None, part: slice) -> Tensor:
+    """Some pairs of [P, H, L, K] in fp32, without gaps (each product would make its own copy) and with zero padding.
+
+    Padding may hold a NaN, which times 0 is a NaN again; its bits and no bits are no bits, and a good deal faster.
+    """
+    x = x[part].float()
+    if mask is None:
+        return x.contiguous()
+    dense = torch.empty(x.shape, device=x.device)
+    bits = -mask[part, None, :, None].to(torch.int32)
+    torch.bitwise_and(x.view(torch.int32), bits, out=dense.view(torch.int32))
+    return dense
 
 
-def _log_rows(query: Tensor, key: Tensor, scale: float, problem: Problem, part: slice) -> Tensor:
-    """Log of the attention rows, [P, H, M, N]; finite at masked keys."""
-    scores = (query @ key.mT).mul_(scale)
-    if problem.key_mask is not None:
-        scores.masked_fill_(~problem.key_mask[part, None, None, :], torch.finfo(scores.dtype).min / 2)
-    return scores.log_softmax(-1)
+def _rows(query: Tensor, key: Tensor, scale: float, floor: Tensor | None, scores: Tensor, powers: Tensor) -> Rows:
+    """One model's rows, written into `scores` and `powers`."""
+    torch.matmul(query, key.mT, out=scores)
+    scores *= scale * LOG2E
+    if floor is not None:
+        scores += floor
+    scores -= scores.amax(-1, keepdim=True)
+    torch.exp2(scores, out=powers)
+    return Rows(scores, powers, powers.sum(-1, keepdim=True))
 
 
-def _teacher_student(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    weight = teacher.exp()
-    slopes = student.exp().sub_(weight)
-    return teacher.sub_(student).mul_(weight), slopes
+def _teacher_student(student: Rows, teacher: Rows) -> tuple[Tensor, Tensor]:
+    ratio, p, r = teacher.scores, student.powers, teacher.powers
+    ratio -= student.scores
+    p /= student.sums
+    r /= teacher.sums
+    kl = LN2 * (ratio.mul_(r).sum(-1) + _log_sums(student, teacher))
+    return kl, p.sub_(r)
 
 
-def _student_teacher(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    weight = student.exp()
-    ratio = student.sub_(teacher)
-    elements = weight * ratio
-    return elements, elements - weight.mul_(elements.sum(-1, keepdim=True))
+def _student_teacher(student: Rows, teacher: Rows) -> tuple[Tensor, Tensor]:
+    ratio, p = student.scores, student.powers
+    ratio -= teacher.scores
+    p /= student.sums
+    ratio *= p
+    mean = ratio.sum(-1, keepdim=True)
+    kl = LN2 * (mean[..., 0] - _log_sums(student, teacher))
+    return kl, ratio.sub_(p.mul_(mean)).mul_(LN2)
 
 
-ROWS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+def _log_sums(student: Rows, teacher: Rows) -> Tensor:
+    return (student.sums.log2() - teacher.sums.log2())[..., 0]
+
+
+DIVERGENCES: dict[str, Callable[[Rows, Rows], tuple[Tensor, Tensor]]] = {
     "teacher-student": _teacher_student,
     "student-teacher": _student_teacher,
 }
-"""By direction: two log-rows -> elements of the KL, and its slope by the student's scores. The log-rows are used up."""
+"""By direction: both models' rows, which are used up -> KL [p, H, M], and its slope by the student's scores."""

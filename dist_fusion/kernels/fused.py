@@ -8,14 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_fusion.kernels.launch import arguments, start, strides, tile_side
-from dist_fusion.kernels.problem import Problem, Solution
+from dist_fusion.kernels.launch import arguments, capability_of, start, strides, tile_side
+from dist_fusion.kernels.problem import Problem, Solution, empty_as
 
-SHORT_KEYS = 128
-"""So many keys stay on chip beside a block of queries."""
-SHORT_QUERIES = 64
-"""So many queries stay on chip through both passes over the keys without spilling registers."""
-
+SHORT_KEYS = 64
+"""So many keys stay on chip beside a block of queries, without spilling registers."""
+SHORT_QUERIES = 128
+"""So many queries stay on chip through both passes over the keys, without spilling registers."""
+HOPPER = (9, 0)
+"""From here on four warps multiply tiles of 64 by 64 without spilling; before, it takes eight."""
 BLOCK = 4096
 """Numbers that one program scales."""
 
@@ -29,12 +30,14 @@ class Launch(NamedTuple):
     warps: int
 
 
-def launch(queries: int, keys: int) -> Launch:
-    """How so many queries are compared with so many keys."""
+def launch(queries: int, keys: int, capability: tuple[int, int]) -> Launch:
+    """How so many queries are compared with so many keys on a GPU of a compute capability."""
+    warps = 4 if capability >= HOPPER else 8
     if keys <= SHORT_KEYS:
-        return Launch("short_keys", min(64, tile_side(queries)), tile_side(keys), 8 if keys > 64 else 4)
+        height, width = min(64, tile_side(queries)), tile_side(keys)
+        return Launch("short_keys", height, width, warps if height * width > 2048 else 4)
     if queries <= SHORT_QUERIES:
-        return Launch("short_queries", tile_side(queries), 64, 4)
+        return Launch("short_queries", tile_side(queries), 64, 8 if queries > 64 else warps)
     return Launch("row_sums", 64, 64, 4)
 
 
@@ -44,9 +47,9 @@ def solve(problem: Problem, gradients: bool) -> Solution:
 
     pairs, heads, queries, _ = problem.student_query.shape
     keys = problem.student_key.shape[2]
-    plan = launch(queries, keys)
-    dq = torch.empty_like(problem.student_query) if gradients else problem.student_query
-    dk = torch.empty_like(problem.student_key) if gradients else problem.student_key
+    plan = launch(queries, keys, capability_of(problem.student_query.device))
+    dq = empty_as(problem.student_query) if gradients else problem.student_query
+    dk = empty_as(problem.student_key) if gradients else problem.student_key
     blocks = -(-queries // plan.queries) if plan.kernel == "row_sums" else 1
     losses = problem.coefficient.new_empty(pairs * heads * blocks)
     given = {

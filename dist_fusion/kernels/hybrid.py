@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_fusion.kernels.launch import arguments, start, tile_side
-from dist_fusion.kernels.problem import Problem, Solution, of_student_heads
+from dist_fusion.kernels.problem import Problem, Solution, empty_as, of_student_heads
 
 TILE = 1024
 """Scores of a program: a row is whole, so long rows come few at a time."""
@@ -42,7 +42,7 @@ def solve(problem: Problem, gradients: bool) -> Solution:
         return Solution(losses.sum(), None, None)
     slope = (p.slope * p.student_scale)[:, None, None, None]
     query_gradient, key_gradient = (
-        torch.mul((left @ right).unflatten(0, (pairs, heads)), slope, out=torch.empty_like(like))
+        torch.mul((left @ right).unflatten(0, (pairs, heads)), slope, out=empty_as(like))
         for left, right, like in ((slopes, key, p.student_query), (slopes.mT, query, p.student_key))
     )
     return Solution(losses.sum(), query_gradient, key_gradient)

@@ -20,6 +20,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; (0, 0) of what has none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def tile_side(length: int) -> int:
     """The power of two that holds `length`, at least what tensor cores take."""
     return max(SMALLEST, 1 << (length - 1).bit_length())

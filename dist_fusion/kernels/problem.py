@@ -64,3 +64,9 @@ def of_student_heads(tensor: Tensor, head_map: Sequence[int] | None) -> Tensor:
     """A teacher's [P, H', L, K] as [P, H, L, K], for each student head its own."""
     # Not by an index: a list becomes one by a copy from the host, which waits for all that the GPU still has to do.
     return tensor if head_map is None else torch.stack([tensor[:, head] for head in head_map], 1)
+
+
+def empty_as(x: Tensor) -> Tensor:
+    """New memory for the shape and type of `x`, without gaps and with its dimensions in the same order."""
+    order = sorted(range(x.ndim), key=x.stride().__getitem__, reverse=True)
+    return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device)

@@ -13,7 +13,9 @@ from dist_fusion.engine import BF16_CAPABILITY
 from tests.gpu.life import column, finish, start, stop_at
 
 pytestmark = pytest.mark.gpu
-STEPS, STOP = 60, 30
+STEPS, STOP = 100, 30
+SAME = slice(60)
+"""Steps over which two runs stay together, though a GPU adds in no fixed order."""
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +41,11 @@ def test_fp16_survives_overflow_kill_and_resume(recipe, overflowing, tmp_path):
     assert 1 <= skips[-1] < STOP
     assert scales[-1] == 2.0 ** (32 - skips[-1])
     for key in ("loss_scale", "skipped_steps", "learning_rate"):
-        assert column(tmp_path / "parts", f"optimizer/{key}") == column(tmp_path / "whole", f"optimizer/{key}")
+        parts, whole = (column(tmp_path / name, f"optimizer/{key}")[SAME] for name in ("parts", "whole"))
+        assert parts == whole
     losses = column(tmp_path / "parts", "loss/total")
     assert len(losses) == STEPS and all(map(math.isfinite, losses))
-    assert losses == pytest.approx(column(tmp_path / "whole", "loss/total"), rel=0.1)
+    assert losses[SAME] == pytest.approx(column(tmp_path / "whole", "loss/total")[SAME], rel=0.1)
     assert fmean(losses[-10:]) < fmean(losses[:10])
     assert not any(column(tmp_path / "parts", "health/nonfinite"))
 
