@@ -1,13 +1,14 @@
 # make demo [SIZE=smoke] [SEEDS=3] [FRESH=1]    the whole method on real data
 # make test                                     the tests
 # make check                                    formatting, lint, types, floors
+# make gpu-check [PYTHON=python3]               on a machine with a GPU: its tests and all benches, in nine minutes
 
 PYTHON ?= python3
 SIZE ?= full
 SEEDS ?= 1
 FRESH ?=
 
-.PHONY: demo test check clean
+.PHONY: demo test check gpu-check clean
 
 demo: .venv/ready
 	.venv/bin/dist-fusion demo --size $(SIZE) --seeds $(SEEDS) $(if $(FRESH),--fresh)
@@ -20,6 +21,11 @@ check: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+# With an interpreter that is named, or else the .venv's: GPU machines often have their own torch.
+NAMED := $(if $(filter file,$(origin PYTHON)),,$(PYTHON))
+gpu-check: $(if $(NAMED),,.venv/ready)
+	$(or $(NAMED),.venv/bin/python) -m tests.gpu.check
 
 # The exact versions of requirements.lock, and this folder as it is. Made anew when the lock changes.
 .venv/ready: requirements.lock

@@ -65,6 +65,7 @@ class Config:
     accumulation: int = 1  # micro-steps in an optimizer step; contrast sees global_batch / accumulation samples
     activation_checkpointing: bool = False  # keep each layer's input alone and compute the rest again: less memory
     compile: bool = False  # torch.compile of the towers and the fusion
+    teacher_stream: bool = False  # on a GPU teachers run beside the student's forward: faster, memory for both at once
     seed: int = 0
     save_every: int = 500  # steps
     keep_checkpoints: int = 2

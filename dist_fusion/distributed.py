@@ -1,4 +1,8 @@
-"""Ranks: who I am, and the few collectives the method needs. Everything works alone, without a process group."""
+"""Ranks: who I am, and the few collectives the method needs. Everything works alone, without a process group.
+
+What hosts know (counts, flags, sums of weights) are CPU tensors and travel between the hosts, by gloo. Only what is on
+the GPUs travels between them, by NCCL: so no host waits for its GPU to learn what another host knew all along.
+"""
 
 from typing import Any
 
@@ -24,18 +28,18 @@ def barrier() -> None:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum of `values` over all ranks, on every rank. Collective."""
+    """The sum of `values` over all ranks, on every rank, by the way of the device they are on. Collective."""
     if world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)
     return values
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on at least one rank. Collective."""
     if world_size() == 1:
         return flag
-    value = torch.tensor(int(flag), device=device)
+    value = torch.tensor(int(flag))
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return bool(value.item())
 
@@ -53,11 +57,11 @@ def gather_rows(x: Tensor) -> Tensor:
     """Every rank's rows of `x` [R, ...] in the order of ranks, with gradient; R may differ. Collective.
 
     The gradient of a row is summed over all ranks that used it. Ranks exchange counts, then padded rows: an
-    all-gather of unequal shapes aborts.
+    all-gather of unequal shapes aborts. The counts travel between the hosts, the rows wherever they are.
     """
     if world_size() == 1:
         return x
-    mine = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
+    mine = torch.zeros(world_size(), dtype=torch.int64)
     mine[rank()] = len(x)
     counts = summed(mine).tolist()
     padded: Tensor = _AllGather.apply(x, max(counts))  # [ranks, most rows, ...]

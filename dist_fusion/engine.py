@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
 from deepspeed.runtime.zero.config import get_zero_config
 from torch import nn
@@ -27,6 +28,8 @@ OURS = (
     "optimizer", "scheduler",
 )  # fmt: skip
 """DeepSpeed's keys that the recipe owns."""
+GROUPS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""By kind of device, what carries tensors between ranks."""
 UNDECAYED = ("modality", "sentence")
 """Type embeddings, which take no weight decay whatever their shape."""
 BF16_CAPABILITY = (8, 0)
@@ -52,8 +55,12 @@ def on_gpu() -> bool:
 def start_ranks() -> torch.device:
     """Join the process group that the launcher's five rank variables describe; returns this rank's device.
 
-    Without them this process is the only rank. On a CPU DeepSpeed's shared-memory all-reduce is left out: its build
-    takes a minute or two at first use, and a killed build leaves a lock that would hang the next start in silence.
+    Without them this process is the only rank. The group has two ways: CPU tensors travel between the hosts by gloo,
+    and those of GPUs by NCCL. Gloo finds the other nodes by their hosts' names; where a name leads nowhere,
+    GLOO_SOCKET_IFNAME says which interface does.
+
+    On a CPU DeepSpeed's shared-memory all-reduce is left out: its build takes a minute or two at first use, and a
+    killed build leaves a lock that would hang the next start in silence.
     """
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -69,7 +76,10 @@ def start_ranks() -> torch.device:
     if cuda:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    # DeepSpeed adopts a group that is there; its own would be NCCL's alone. No `device_id`: with one, barriers go by
+    # NCCL and wait for all that the GPU still has to do.
+    torch.distributed.init_process_group(GROUPS[device.type], timeout=default_pg_timeout)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return device
 
 
@@ -79,6 +89,12 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor:
+    """That of all ranks' last step, before it was clipped: a scalar, where DeepSpeed left it; inf if it overflowed."""
+    norm = engine.get_global_grad_norm()
+    return torch.as_tensor(0.0 if norm is None else norm)
 
 
 def skipped(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:

@@ -79,12 +79,12 @@ def evaluate(
             target = batch.targets[name]
             parts[name].append(_counted(target, task.judge(output.logits[name], target)))
     model.train(training)
-    judged = {name: _of_all_ranks(mine, device) for name, mine in parts.items()}
+    judged = {name: _of_all_ranks(mine) for name, mine in parts.items()}
     found = {name: rows for name, rows in judged.items() if len(rows.score)}
     return Evaluation(
         {name: score_by_kind(rows, tasks[name].kinds()) | tasks[name].measures(rows) for name, rows in found.items()},
         {name: confusion(rows, tasks[name].classes()) for name, rows in found.items() if tasks[name].classes()},
-        int(distributed.summed(torch.tensor([skipped], device=device)).item()),
+        int(distributed.summed(torch.tensor(skipped))),
     )
 
 
@@ -95,10 +95,10 @@ def _counted(target: Target, verdict: Verdict) -> Judged:
     return Judged(*(column[counts].cpu() for column in rows))
 
 
-def _of_all_ranks(mine: Sequence[Judged], device: torch.device) -> Judged:
+def _of_all_ranks(mine: Sequence[Judged]) -> Judged:
     """The rows of every rank, on every rank. Collective."""
     numbers = [torch.zeros(0, 4, dtype=torch.int64)]
     numbers += [torch.stack([rows.kind, rows.group, rows.label, rows.answer], 1) for rows in mine]
     scores = [torch.zeros(0, dtype=torch.float64), *(rows.score for rows in mine)]
-    kind, group, label, answer = distributed.gather_rows(torch.cat(numbers).to(device)).cpu().unbind(1)
-    return Judged(kind, group, label, answer, distributed.gather_rows(torch.cat(scores).to(device)).cpu())
+    kind, group, label, answer = distributed.gather_rows(torch.cat(numbers)).unbind(1)
+    return Judged(kind, group, label, answer, distributed.gather_rows(torch.cat(scores)))

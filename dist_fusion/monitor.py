@@ -6,6 +6,7 @@ on in the same files: what an earlier life logged after the step resumed from is
 
 import json
 import logging
+import math
 import os
 import resource
 import sys
@@ -20,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dist_fusion.data.stream import Loaded
 from dist_fusion.distributed import rank, summed
+from dist_fusion.types import to_device
 
 log = logging.getLogger("dist_fusion")
 
@@ -90,7 +92,8 @@ class Interval:
 
     def begin(self) -> None:
         """Start anew, after what was logged is saved and evaluated: neither counts in the next interval's speed."""
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # left on the device until they are read, like the next
+        self._nonfinite = torch.zeros(())
         self._steps, self._wait, self._since = 0, 0.0, time.monotonic()
 
     def fetch(self, batches: Iterator[Loaded], count: int) -> list[Loaded]:
@@ -110,15 +113,23 @@ class Interval:
         """Add one micro-step's shares."""
         for name, value in {"total": total, **terms}.items():
             self._sums[name] = value.detach() + self._sums.get(name, 0.0)
+        self._nonfinite = self._nonfinite + ~total.detach().isfinite()
 
-    def read(self, global_batch: int) -> dict[str, float]:
-        """Means over the interval and all ranks. Collective."""
-        losses = torch.stack([*self._sums.values()])
-        counts = losses.new_tensor([self._skipped, self._without_partner])
-        *sums, skipped, without_partner = summed(torch.cat([losses, counts])).tolist()
+    def read(self, global_batch: int, norm: Tensor) -> dict[str, float]:
+        """Means over the interval and all ranks, and `norm`, the last gradient's, if it is a finite number. Collective.
+
+        `health/nonfinite` counts the micro-steps of ranks whose loss was none. Reading waits for all that the device
+        still has to do; so the host reads it here alone, and once. (DeepSpeed's step reads the norm that it clips by.)
+        """
+        losses = torch.stack([*self._sums.values(), self._nonfinite])
+        read = torch.cat([summed(losses), to_device(norm, losses.device).to(losses.dtype).view(1)])
+        *sums, nonfinite, gradient_norm = read.tolist()
+        skipped, without_partner = summed(torch.tensor([self._skipped, self._without_partner])).tolist()
         elapsed = time.monotonic() - self._since
         values = {f"loss/{name}": value / self._steps for name, value in zip(self._sums, sums, strict=True)}
+        values |= {"optimizer/gradient_norm": gradient_norm} if math.isfinite(gradient_norm) else {}
         values |= {
+            "health/nonfinite": nonfinite,
             "speed/samples_per_s": self._steps * global_batch / elapsed,
             "speed/step_s": elapsed / self._steps,
             "speed/data_wait_share": self._wait / elapsed,

@@ -8,8 +8,6 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-import torch
-
 from dist_fusion.distributed import any_rank, barrier, rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -29,9 +27,9 @@ class StopRequest:
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self._raised = True
 
-    def anywhere(self, device: torch.device) -> bool:
+    def anywhere(self) -> bool:
         """Whether any rank was told to stop. Collective."""
-        return any_rank(self._raised or self._stop_file.exists(), device)
+        return any_rank(self._raised or self._stop_file.exists())
 
     def close(self) -> None:
         """Give the signals back to whoever had them before."""

@@ -8,7 +8,6 @@ Exit codes: 0 done; 75 saved, continue me (start the same command again); 2 the 
 """
 
 import json
-import math
 import os
 import random
 import sys
@@ -36,13 +35,14 @@ from dist_fusion.engine import (
     check_multipliers,
     ds_config,
     full_weights,
+    gradient_norm,
     skipped,
     start_ranks,
     stop_ranks,
 )
 from dist_fusion.evaluate import evaluate
 from dist_fusion.facts import measure, table
-from dist_fusion.models.execution import set_execution
+from dist_fusion.models.execution import Aside, set_execution
 from dist_fusion.models.initial import initialise_from
 from dist_fusion.models.sources import source_digest
 from dist_fusion.models.teachers import Teacher, build_teacher, teach
@@ -125,8 +125,9 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torc
     engine = build_engine(parts.model.to(device), config, ranks)
     seed_everything(config.seed + 1 + distributed.rank())
     step = checkpoint.resume(engine, run)
-    batches = load_batches(parts.stream.starting_at(step * config.accumulation), config.data.num_workers)
-    monitor, interval = Monitor(run, step, config.steps), Interval()
+    ahead = parts.stream.starting_at(step * config.accumulation)
+    batches = load_batches(ahead, config.data.num_workers, pin=device.type == "cuda")
+    monitor, interval, aside = Monitor(run, step, config.steps), Interval(), Aside(device, config.teacher_stream)
     log.info(
         "%s: step %d of %d, %d samples an epoch, %d ranks", run, step, config.steps, parts.stream.num_samples, ranks
     )
@@ -134,25 +135,24 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torc
     while step < config.steps:
         # One optimizer step. Half-gathered gradients are in no checkpoint, so nothing is saved inside.
         loaded = interval.fetch(batches, config.accumulation)
-        rows = distributed.summed(row_weights([one.batch for one in loaded], tasks).to(device))
+        rows = to_device(distributed.summed(row_weights([one.batch for one in loaded], tasks)), device)
         learning_rate = base_learning_rate(engine)
         for one in loaded:
             batch = to_device(one.batch, device)
-            lessons = teach(parts.teachers, batch)
-            loss = objective(config.distill, tasks, batch, engine(batch), lessons, rows)
+            with aside:
+                lessons = teach(parts.teachers, batch)
+            loss = objective(config.distill, tasks, batch, engine(batch), aside.joined(lessons), rows)
             # DeepSpeed averages over ranks and micro-steps; the loss is a share of a sum over both.
             engine.backward(loss.total * (ranks * config.accumulation))
             engine.step()
             interval.add(loss.total, loss.terms)
         step += 1
 
-        stopping, last = stop.anywhere(device), step == config.steps
+        stopping, last = stop.anywhere(), step == config.steps
         values: dict[str, float] = {}
         if last or step % config.log_every == 0:
-            values = interval.read(config.global_batch)
-            values["optimizer/learning_rate"] = learning_rate
-            norm = float(engine.get_global_grad_norm() or 0.0)
-            values |= skipped(engine) | ({"optimizer/gradient_norm": norm} if math.isfinite(norm) else {})
+            values = interval.read(config.global_batch, gradient_norm(engine))
+            values |= {"optimizer/learning_rate": learning_rate, **skipped(engine)}
             monitor.progress(step, values)
         if stopping or last or step % config.save_every == 0:
             log.info("saved %s", checkpoint.save(engine, run, config, parts.identity, step).folder)

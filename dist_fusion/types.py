@@ -86,6 +86,8 @@ class Vocabulary(NamedTuple):
 def to_device(value: Any, device: torch.device) -> Any:
     """A tensor, NamedTuple or dict of them, moved to `device` without waiting for the copy."""
     if isinstance(value, Tensor):
+        if device.type == "cuda" and value.device.type == "cpu":
+            value = value.pin_memory()  # of what is not pinned yet: a copy from elsewhere waits for the device
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {name: to_device(item, device) for name, item in value.items()}

@@ -126,13 +126,13 @@ def scores(count: int, micro_batch: int) -> dict:
 def stop_flag(folder: str, told: int | None) -> list[bool]:
     """Whether each rank hears of a stop request that only rank `told` got by a signal (or a file, if None)."""
     stop = StopRequest(Path(folder) / "STOP")
-    before = stop.anywhere(CPU)
+    before = stop.anywhere()
     if told is None and distributed.rank() == 0:
         (Path(folder) / "STOP").touch()
     distributed.barrier()
     if told == distributed.rank():
         os.kill(os.getpid(), signal.SIGUSR2)
-    after = stop.anywhere(CPU)
+    after = stop.anywhere()
     stop.close()
     return [before, after]
 

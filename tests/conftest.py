@@ -18,8 +18,19 @@ from dist_fusion.data.easy_forms import prepare_nlvr2, prepare_snli_ve
 from dist_fusion.data.easy_vqa import prepare as prepare_easy_vqa
 from dist_fusion.data.shards import write_shards
 from dist_fusion.data.text import train_vocabulary
+from dist_fusion.engine import on_gpu
 from dist_fusion.types import Vocabulary
 from tests.rank_fixtures import one_rank, tiny_recipe, two_ranks  # noqa: F401  fixtures
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked `gpu` is skipped where ranks would run on the CPU."""
+    if on_gpu() and torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU that DS_ACCELERATOR does not hide; make gpu-check"))
+
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 210)}
 NUM_SAMPLES = 41  # odd, so that no number of ranks divides it

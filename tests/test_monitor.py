@@ -1,6 +1,11 @@
 import json
+from math import inf, nan
 
-from dist_fusion.monitor import Monitor
+import torch
+
+from dist_fusion.data.stream import Loaded
+from dist_fusion.monitor import Interval, Monitor
+from tests import tiny
 
 
 def lines(run):
@@ -41,3 +46,22 @@ def test_tensorboard_shows_one_curve_over_two_lives(tmp_path):
         (3, 3),
         *((s, 30 + s) for s in range(4, 9)),
     ]
+
+
+def test_an_interval_tells_means_the_last_norm_and_how_many_losses_were_no_number():
+    interval = Interval()
+    batches = iter([Loaded(tiny.batch(tiny.PRETRAINING, tiny.samples(4)), ())] * 4)
+    for total in (1.0, nan, inf, 3.0):
+        interval.fetch(batches, 1)
+        interval.add(torch.tensor(total), {"hard/itm": torch.tensor(2.0)})
+    values = interval.read(4, torch.tensor(0.5))
+    assert values["health/nonfinite"] == 2
+    assert values["loss/hard/itm"] == 2
+    assert values["optimizer/gradient_norm"] == 0.5
+    interval.begin()
+    interval.fetch(iter([Loaded(tiny.batch(tiny.PRETRAINING, tiny.samples(4)), ())]), 1)
+    interval.add(torch.tensor(1.0), {})
+    values = interval.read(4, torch.tensor(inf))
+    assert values["health/nonfinite"] == 0
+    assert values["loss/total"] == 1
+    assert "optimizer/gradient_norm" not in values

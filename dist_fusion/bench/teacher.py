@@ -4,7 +4,7 @@ What counts is what distillation reads: the logits of the teacher's heads, and i
 queries and keys; transformers shows attention maps, of all blocks or of none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
 
@@ -61,12 +61,14 @@ class Size:
 
     model: ModelConfig
     pairs: int
-    seconds: float  # a case
+    seconds: Mapping[str, float]  # a case, by kind of device
 
 
-FULL = Size(ModelConfig(kind="fusion-encoder"), pairs=32, seconds=60)
+FULL = Size(ModelConfig(kind="fusion-encoder"), pairs=32, seconds={"cpu": 60, "cuda": 10})
 QUICK = Size(
-    ModelConfig(kind="fusion-encoder", width=32, num_heads=2, num_layers=2, image_size=64, patch_size=32), 3, 0
+    ModelConfig(kind="fusion-encoder", width=32, num_heads=2, num_layers=2, image_size=64, patch_size=32),
+    3,
+    {"cpu": 0, "cuda": 0},
 )
 
 
@@ -81,7 +83,7 @@ def rows(device: torch.device, quick: bool) -> Iterator[Row]:
         padded, cut = (to_device(captions(size, pad), device) for pad in (config.max_text_length, case.pad_multiple))
         for dtype in (torch.float32, case.ours):
             check_agreement(taught(ours.to(dtype), padded), peer, padded, TOLERANCE[dtype])
-        yield compare(_contest(case, size, ours, peer.to(case.theirs), cut, padded), device, size.seconds)
+        yield compare(_contest(case, size, ours, peer.to(case.theirs), cut, padded), device, size.seconds[device.type])
 
 
 def taught(model: Vilt, batch: Batch) -> Output:

@@ -157,16 +157,18 @@ class Stream(IterableDataset[Loaded]):
         )
 
 
-def load_batches(stream: Stream, num_workers: int) -> Iterator[Loaded]:
+def load_batches(stream: Stream, num_workers: int, *, pin: bool = False) -> Iterator[Loaded]:
     """The stream through loader workers, in its own order, without touching torch's random generator.
 
-    A loader draws a seed when it starts; from the default generator that would shift the dropout of a resumed run.
+    With `pin` batches lie in pinned memory, from which a GPU copies while the host goes on. A loader draws a seed when
+    it starts; from the default generator that would shift the dropout of a resumed run.
     """
     return iter(
         DataLoader(
             stream,
             batch_size=None,
             num_workers=num_workers,
+            pin_memory=pin,
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),
         )

@@ -62,7 +62,8 @@ def coefficients(
 
 def of_student_heads(tensor: Tensor, head_map: Sequence[int] | None) -> Tensor:
     """A teacher's [P, H', L, K] as [P, H, L, K], for each student head its own."""
-    return tensor if head_map is None else tensor[:, list(head_map)]
+    # Not by an index: a list becomes one by a copy from the host, which waits for all that the GPU still has to do.
+    return tensor if head_map is None else torch.stack([tensor[:, head] for head in head_map], 1)
 
 
 def empty_as(x: Tensor) -> Tensor:

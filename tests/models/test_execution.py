@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dist_fusion.distill import DistillConfig, objective, row_weights
-from dist_fusion.models.execution import set_execution
+from dist_fusion.models.execution import Aside, set_execution
 from dist_fusion.models.fusion import FUSIONS
 from tests import tiny
 
@@ -57,3 +57,14 @@ def test_compiled_towers_and_fusion_give_the_same_loss_and_gradients(activation_
     torch.testing.assert_close(again, loss)
     for name, gradient in gradients.items():
         torch.testing.assert_close(same[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_on_a_cpu_nothing_runs_aside(wanted):
+    """A recipe for GPUs runs there as it is."""
+    aside = Aside(torch.device("cpu"), wanted)
+    for value in (1.0, 2.0):
+        with aside:
+            x = torch.full((3,), value)
+        assert aside.joined(x) is x
+        assert torch.equal(x, torch.full((3,), value))
