@@ -17,6 +17,7 @@ from dist_fusion.kernels.reference import DIRECTIONS
 from tests.kernels.oracle import LAYOUTS, MASKS, Case, distances, make_case, solve, truth
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 OURS = [name for name, impl in IMPLS.items() if impl and (HAS_TRITON or not impl.needs_triton)]
 LOSS, GRADIENTS = 0, slice(1, None)
 BOUNDS = {
