@@ -53,6 +53,14 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
+def gathered(value: Any) -> list[Any]:
+    """Every rank's `value`, in the order of ranks. Collective."""
+    found = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
 def gather_rows(x: Tensor) -> Tensor:
     """Every rank's rows of `x` [R, ...] in the order of ranks, with gradient; R may differ. Collective.
 

@@ -70,8 +70,8 @@ def evaluate(
     parts: dict[str, list[Judged]] = {name: [] for name in tasks}
     skipped = 0
     for loaded in batches:
-        for sample in loaded.skipped:
-            log.warning("not scored: %s", sample)
+        for damage in loaded.damages:
+            log.warning("not scored: %s", damage.told())
             skipped += 1
         batch = to_device(loaded.batch, device)
         output = model(batch)

@@ -11,7 +11,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dist_fusion.data.index import Damage, reasons
 from dist_fusion.data.stream import Loaded
-from dist_fusion.distributed import rank, summed
+from dist_fusion.distributed import gathered, rank, summed
+from dist_fusion.schema import UserError
 from dist_fusion.types import to_device
 
 log = logging.getLogger("dist_fusion")
@@ -47,6 +50,9 @@ class Monitor:
             os.truncate(path, _end_of(path, step))
             self._file = path.open("a")
             self._board = SummaryWriter(str(run / "tb"), purge_step=step + 1)
+            self._quarantine = run / "quarantine.jsonl"
+            listed = self._quarantine.read_text().splitlines() if self._quarantine.exists() else []
+            self._listed = set(listed)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write `values` of `step` everywhere."""
@@ -64,6 +70,16 @@ class Monitor:
         log.info(
             "step %d/%d | %s | %.0f samples/s | %s left", step, self._steps, parts, values["speed/samples_per_s"], left
         )
+
+    def quarantine(self, damages: Iterable[Damage]) -> None:
+        """List what could not be used in `quarantine.jsonl`, each once."""
+        if self._active:
+            lines = dict.fromkeys(json.dumps(damage._asdict()) for damage in damages)
+            fresh = [line for line in lines if line not in self._listed]
+            if fresh:
+                with self._quarantine.open("a") as file:
+                    file.writelines(f"{line}\n" for line in fresh)
+                self._listed.update(fresh)
 
     def close(self) -> None:
         """Flush and let go of the files."""
@@ -87,7 +103,10 @@ class Interval:
     """What happened since the last log line."""
 
     def __init__(self) -> None:
-        self._skipped = self._without_partner = 0
+        self._mine: list[Damage] = []
+        self.damages: list[Damage] = []  # of all ranks, since the start
+        self._samples = self._without_partner = 0
+        self._sources: Counter[str] = Counter()
         self.begin()
 
     def begin(self) -> None:
@@ -101,9 +120,11 @@ class Interval:
         before = time.monotonic()
         loaded = [next(batches) for _ in range(count)]
         self._wait += time.monotonic() - before
-        for sample in (sample for one in loaded for sample in one.skipped):
-            self._skipped += 1
-            log.warning("skipped %s", sample)
+        for one in loaded:
+            self._mine += one.damages
+            self._sources.update(one.sources)
+            for damage in one.damages:
+                log.warning("unusable: %s", damage.told())
         for target in (target for one in loaded for target in one.batch.targets.values()):
             self._without_partner += int((target.weight == 0).sum())
         self._steps += 1
@@ -124,7 +145,12 @@ class Interval:
         losses = torch.stack([*self._sums.values(), self._nonfinite])
         read = torch.cat([summed(losses), to_device(norm, losses.device).to(losses.dtype).view(1)])
         *sums, nonfinite, gradient_norm = read.tolist()
-        skipped, without_partner = summed(torch.tensor([self._skipped, self._without_partner])).tolist()
+        counts = [self._without_partner, len(self._mine), *self._sources.values()]
+        without_partner, damaged, *seen = summed(torch.tensor(counts)).tolist()
+        if damaged:  # every rank knows, and so all of them ask
+            self.damages += [damage for theirs in gathered(self._mine) for damage in theirs]
+            self._mine = []
+        self._samples += self._steps * global_batch
         elapsed = time.monotonic() - self._since
         values = {f"loss/{name}": value / self._steps for name, value in zip(self._sums, sums, strict=True)}
         values |= {"optimizer/gradient_norm": gradient_norm} if math.isfinite(gradient_norm) else {}
@@ -134,10 +160,22 @@ class Interval:
             "speed/step_s": elapsed / self._steps,
             "speed/data_wait_share": self._wait / elapsed,
             "memory/peak_gib": peak_gib(),
-            "data/skipped": skipped,
+            "data/skipped": float(len(self.damages)),
             "data/without_partner": without_partner,
         }
+        if len(self._sources) > 1:
+            values |= {f"data/seen/{name}": float(n) for name, n in zip(self._sources, seen, strict=True)}
         return values
+
+    def require_sound(self, most_damaged: float) -> None:
+        """Raises UserError, on every rank, if a larger share of the samples so far was unusable."""
+        if len(self.damages) > max(1, most_damaged * self._samples):
+            raise UserError(
+                f"{len(self.damages)} of the last {self._samples} samples were unusable, more than data.most_damaged "
+                f"({most_damaged:.2%}): {reasons(self.damages)}; they are listed in quarantine.jsonl, the first is "
+                f"{self.damages[0].told()}. The last checkpoint is whole; mend the shards and start the same command "
+                "again, or raise data.most_damaged"
+            )
 
 
 def peak_gib() -> float:

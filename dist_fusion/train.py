@@ -128,6 +128,7 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torc
     ahead = parts.stream.starting_at(step * config.accumulation)
     batches = load_batches(ahead, config.data.num_workers, pin=device.type == "cuda")
     monitor, interval, aside = Monitor(run, step, config.steps), Interval(), Aside(device, config.teacher_stream)
+    monitor.quarantine(parts.stream.damages)
     log.info(
         "%s: step %d of %d, %d samples an epoch, %d ranks", run, step, config.steps, parts.stream.num_samples, ranks
     )
@@ -153,6 +154,8 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torc
         if last or step % config.log_every == 0:
             values = interval.read(config.global_batch, gradient_norm(engine))
             values |= {"optimizer/learning_rate": learning_rate, **skipped(engine)}
+            monitor.quarantine(interval.damages)
+            interval.require_sound(config.data.most_damaged)
             monitor.progress(step, values)
         if stopping or last or step % config.save_every == 0:
             log.info("saved %s", checkpoint.save(engine, run, config, parts.identity, step).folder)

@@ -1,42 +1,34 @@
-"""Tars of samples: `<key>.{jpg,png,webp}` (two images: `<key>.left.jpg`, `<key>.right.jpg`) and `<key>.json`.
+"""Tars of samples, as users name them and as they are read and written.
 
-The JSON holds only the keys it has of: image_id, source, texts, questions [{id, question, answers {answer: score},
-kind}], and statements [{id, text, label, group}].
-img2dataset's tars are read as they are: their `<key>.txt` is one text. Only these members are looked at, so nothing
-in a shard can run code: a pickle is passed over, and a path must be a plain local file, never a `pipe:` or an address.
+Only plain local files are opened: never a command (`pipe:`), never an address.
 """
 
-import json
+import errno
+import io
+import os
 import tarfile
+import time
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from random import Random
-from typing import Any, NamedTuple
 
 import webdataset as wds
 
-from dist_fusion.data.images import EXTENSIONS
+from dist_fusion.data.index import outlines, split_name
+from dist_fusion.data.record import Record, Unusable, record
 from dist_fusion.schema import UserError
 
-
-class Record(NamedTuple):
-    """One sample of a shard, its images still encoded."""
-
-    key: str
-    images: tuple[bytes, ...]
-    image_ids: tuple[str, ...]
-    texts: tuple[str, ...]
-    questions: tuple[Mapping[str, Any], ...]
-    statements: tuple[Mapping[str, Any], ...]
+PAUSES = (0.1, 1.0, 5.0)
+"""Seconds before a failed read is tried again: a cluster's file system may be away for a moment."""
+MOST_OPEN = 32
+"""Shards that are kept open."""
 
 
 def find_shards(folders: Sequence[str]) -> list[str]:
-    """Every tar of `folders` (or the tars themselves) in the order of their names.
-
-    They are absolute, since webdataset runs a relative `pipe:command`, also where that is a file's name.
+    """Every tar of `folders` (or the tars themselves) in the order of their names, by absolute paths.
 
     Raises:
-        UserError: where there is no such folder, it has no tar, or a tar is empty or cut off.
+        UserError: where there is no such folder, or it has no tar.
     """
     shards: list[Path] = []
     for name in folders:
@@ -50,11 +42,6 @@ def find_shards(folders: Sequence[str]) -> list[str]:
             reason = "has no .tar files" if path.is_dir() else "does not exist"
             raise UserError(f"data.shards has {name!r}, which {reason}; `dist-fusion prepare` makes shards")
         shards += found
-    for shard in shards:
-        if shard.stat().st_size == 0:
-            raise UserError(f"the shard {shard} is empty; delete it or make it again")
-        if _is_cut_off(shard):
-            raise UserError(f"the shard {shard} is cut off; copy it or make it again")
     return [str(shard.absolute()) for shard in shards]
 
 
@@ -75,76 +62,73 @@ def write_shards(folder: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]
     return count
 
 
-def read_records(shards: Sequence[str], *, order: str | None, buffer: int) -> Iterator[Record]:
-    """The records of all shards once: as they lie if `order` is None, else shuffled by that seed alone.
+def read_records(shards: Sequence[str]) -> Iterator[Record]:
+    """The usable records of all shards, as they lie."""
+    reader = Reader()
+    for outline in outlines(shards):
+        for begin, end in zip(outline.begin.tolist(), outline.end.tolist(), strict=True):
+            yield parse(outline.shard, reader.read(outline.shard, begin, end))
 
-    Shards are permuted, then samples mixed in a buffer. Raises UserError if a shard is not a whole tar.
-    """
-    names = list(shards)
-    stages: list[Any] = [wds.tarfile_to_samples(select_files=_looked_at)]
-    if order is not None:
-        Random(f"{order}/shards").shuffle(names)
-        stages.append(wds.shuffle(buffer, initial=buffer, rng=Random(f"{order}/samples")))
+
+def parse(shard: str, raw: bytes) -> Record:
+    """The record whose files these bytes of a shard are. Raises Unusable."""
+    members, key = {}, ""
     try:
-        for raw in wds.DataPipeline(wds.SimpleShardList(names), *stages):
-            yield _record(raw)
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"a shard of {Path(names[0]).parent} cannot be read: {error}") from error
+        ended = raw + bytes(-len(raw) % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE)
+        with tarfile.open(fileobj=io.BytesIO(ended), mode="r:") as tar:
+            for info in tar:
+                if info.isfile():
+                    key, name = split_name(info.name)
+                    file = tar.extractfile(info)
+                    assert file is not None
+                    members[name.lower()] = file.read()
+    except (tarfile.TarError, ValueError, EOFError, OSError) as error:
+        raise Unusable("changed since it was indexed", str(error)) from None
+    return record(shard, key, members)
 
 
-def _is_cut_off(shard: Path) -> bool:
-    """Whether a tar lacks the empty block that ends one; tarfile takes a cut between two members for the end."""
-    with shard.open("rb") as file:
-        head = file.read(512)
-        size = file.seek(0, 2)
-        file.seek(max(0, size - 512))
-        return head[257:262] == b"ustar" and (size % 512 > 0 or any(file.read()))
+class Reader:
+    """Reads parts of shards, and keeps some of them open."""
 
+    def __init__(self, pauses: Sequence[float] = PAUSES):
+        self._pauses, self._open = pauses, OrderedDict[str, int]()
 
-def _check_question(question: Mapping[str, Any]) -> None:
-    """Refuse a question that could not be asked later, in the middle of training, on one rank alone."""
-    well = isinstance(question["question"], str) and isinstance(question["answers"], dict) and "id" in question
-    if not well or not all(isinstance(score, int | float) for score in question["answers"].values()):
-        raise ValueError('a question must be {"id", "question": text, "answers": {answer: score}}')
+    def read(self, shard: str, begin: int, end: int) -> bytes:
+        """Bytes `begin` to `end` of a shard, tried again after each of the pauses.
 
+        Raises:
+            OSError: if the last try fails, too.
+        """
+        for pause in (*self._pauses, None):
+            try:
+                return self._tried(shard, begin, end)
+            except OSError:
+                self._forget(shard)
+                if pause is None:
+                    raise
+                time.sleep(pause)
+        raise AssertionError("unreachable")
 
-def _check_statement(statement: Mapping[str, Any]) -> None:
-    """Refuse a statement that could not be judged later; a label must be a string, since bool("False") is true."""
-    well = isinstance(statement, dict) and statement.keys() >= {"id", "text", "label"}
-    if not well or not all(isinstance(statement.get(key, ""), str) for key in ("text", "label", "group")):
-        raise ValueError('a statement must be {"id", "text": text, "label": text} and may have "group": text')
+    def _tried(self, shard: str, begin: int, end: int) -> bytes:
+        if shard not in self._open:
+            self._open[shard] = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._open) > MOST_OPEN:
+                self._forget(next(iter(self._open)))
+        self._open.move_to_end(shard)
+        parts = []
+        while begin < end:
+            part = os.pread(self._open[shard], end - begin, begin)
+            if not part:
+                raise OSError(errno.EIO, f"it ends before byte {end}", shard)
+            parts.append(part)
+            begin += len(part)
+        return b"".join(parts)
 
+    def _forget(self, shard: str) -> None:
+        descriptor = self._open.pop(shard, None)
+        if descriptor is not None:
+            os.close(descriptor)
 
-def _looked_at(name: str) -> bool:
-    return name.rsplit(".", 1)[-1].lower() in (*EXTENSIONS, "json", "txt")
-
-
-def _record(raw: Mapping[str, Any]) -> Record:
-    key = f"{raw['__url__']}/{raw['__key__']}"
-    try:
-        tree = json.loads(raw.get("json", b"{}"))
-        texts = tree.get("texts") or [raw.get("txt", b"").decode()]
-        questions, statements = (tree.get(key) or [] for key in ("questions", "statements"))
-        if not all(isinstance(given, list) for given in (texts, questions, statements)):
-            raise ValueError("texts, questions and statements must be lists")
-        texts = [text for text in texts if text.strip()]
-        for question in questions:
-            _check_question(question)
-        for statement in statements:
-            _check_statement(statement)
-    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"sample {key} has an unreadable .json or .txt: {error}") from None
-    images = [raw[name] for name in sorted(raw) if name.rsplit(".", 1)[-1] in EXTENSIONS]
-    shard = Path(raw["__url__"])
-    place = f"{shard.parent.name}/{shard.name}/{raw['__key__']}"  # img2dataset's keys repeat from set to set
-    name = str(tree.get("image_id") or tree.get("url") or place)
-    return Record(
-        key=key,
-        images=tuple(images),
-        image_ids=(name,) if len(images) < 2 else tuple(f"{name}/{i}" for i in range(len(images))),
-        texts=tuple(texts),
-        questions=tuple(questions),
-        statements=tuple(statements),
-    )
+    def __del__(self) -> None:
+        for shard in [*self._open]:
+            self._forget(shard)

@@ -1,25 +1,49 @@
-"""The stream of micro-batches, in an order that depends on (seed, epoch) and on nothing else.
+"""The stream of micro-batches, in an order that depends on (seed, epoch, place) and on nothing else.
 
-Global batch N is the same set of samples on any number of ranks and loader workers: a sample's place is its position
-in one endless, seeded sequence, and everything drawn for it (masks, negatives, which text) is seeded by that position.
-The state of the stream is one number, the micro-steps taken. Every rank reads every tar and decodes its share only.
+Global batch N is the same set of samples on any number of ranks and loader workers (`order.py`), and everything drawn
+for a sample (masks, negatives, which text) is seeded by its position. The state of the stream is one number, the
+micro-steps taken; it starts anywhere at once. A rank reads the lanes that feed its slots, a window at a time.
 """
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate, count
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dist_fusion.batch import Lays, PairBatch, Question, Sample, Statement, Supply, content_id, drawn
+from dist_fusion.batch import Lays, PairBatch, Question, Sample, Statement, content_id, drawn
+from dist_fusion.data.catalog import Catalog
 from dist_fusion.data.images import UnreadableImage, decode
-from dist_fusion.data.shards import Record, find_shards, read_records
+from dist_fusion.data.index import Damage, outlines, reasons
+from dist_fusion.data.order import Chunks, Order, Source
+from dist_fusion.data.record import Record, Unusable
+from dist_fusion.data.shards import Reader, find_shards, parse
 from dist_fusion.data.text import Tokenizer
+from dist_fusion.data.windows import Run, Visit, Windows
 from dist_fusion.schema import UserError, section
 from dist_fusion.types import Batch
+
+REASONS = {True: "undecodable image", False: "cannot be read"}
+"""Why a sample could not be had, by whether its image was at fault."""
+
+
+@section
+@dataclass(frozen=True)
+class SourceConfig:
+    """One of several data sets of a stream."""
+
+    shards: tuple[str, ...] = ()  # folders of tars, or tars
+    weight: float = 1.0  # how often an epoch visits each of its samples
+    texts_per_image: int | None = None  # in place of the stream's
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"weight is {self.weight}; it must be above 0 (leave the source out in place of 0)")
 
 
 @section
@@ -28,12 +52,14 @@ class DataConfig:
     """Where the samples are and how they are read."""
 
     shards: tuple[str, ...] = ()  # folders of tars, or tars
+    sources: Mapping[str, SourceConfig] = field(default_factory=dict)  # beside them, by name, each with a weight
     dev: tuple[str, ...] = ()  # held out, for scores during training
     vocabulary: str = "bert-base-uncased"
     texts_per_image: int = 1  # drawn anew at every visit; 0 is all of them
-    shuffle_buffer: int = 1000  # samples
+    shuffle_buffer: int = 8192  # samples that are mixed at a time, on all ranks together
     pad_multiple: int = 8  # texts are padded to the longest of the micro-batch, rounded up to this
     num_workers: int = 0  # loader processes a rank
+    most_damaged: float = 0.01  # share of samples, or of shards, that may be unusable
 
     def __post_init__(self) -> None:
         if self.pad_multiple < 1:
@@ -41,10 +67,11 @@ class DataConfig:
 
 
 class Loaded(NamedTuple):
-    """One micro-batch, and the samples of it that could not be read, with the reason."""
+    """One micro-batch, what of it could not be read, and how many samples came from which source."""
 
     batch: Batch
-    skipped: tuple[str, ...]
+    damages: tuple[Damage, ...]
+    sources: dict[str, int]
 
 
 class Plan(NamedTuple):
@@ -57,22 +84,38 @@ class Plan(NamedTuple):
 
 
 class Stream(IterableDataset[Loaded]):
-    """Micro-batches of this rank from micro-step `start` on: endless and shuffled, or one epoch as the shards lie."""
+    """Micro-batches of this rank from micro-step `start` on: endless and mixed, or one epoch as the shards lie."""
 
     def __init__(
         self, config: DataConfig, tasks: Mapping[str, Lays], tokenizer: Tokenizer, image_size: int, plan: Plan,
         *, start: int = 0, endless: bool = True,
     ):  # fmt: skip
+        """Collective. Raises UserError for shards that are not there or hold nothing of use, or too much damage."""
         self._config, self._tasks, self._tokenizer = config, tasks, tokenizer
         self._image_size, self._plan, self._start, self._endless = image_size, plan, start, endless
-        self._shards = find_shards(config.shards)
-        self.num_samples = sum(map(self._eligible, read_records(self._shards, order=None, buffer=0)))
-        if self.num_samples == 0:
-            asked = ", ".join(tasks)
+        named = {"": SourceConfig(config.shards)} if config.shards or not config.sources else {}
+        self._sources = {**named, **config.sources}
+        shards = {name: find_shards(source.shards) for name, source in self._sources.items()}
+        self._catalog = Catalog(outlines([shard for some in shards.values() for shard in some]), tasks)
+        self.damages = self._catalog.damages
+        _check_damage(config, self._catalog)
+        if not len(self._catalog):
             raise UserError(
-                f"data.shards {', '.join(config.shards)} has no sample with what {asked} needs (texts, questions, "
-                "statements, or a second image)"
+                f"data.shards {', '.join(config.shards)} has no sample with what {', '.join(tasks)} needs (texts, "
+                "questions, statements, or a second image)"
             )
+        self._firsts = self._catalog.firsts([0, *accumulate(map(len, shards.values()))][:-1])
+        contrast = plan.micro_batch * plan.world_size
+        chunks = self._catalog.chunks()
+        parts = np.searchsorted(chunks.first, [*self._firsts, len(self._catalog)])
+        self._order = Order(
+            [
+                Source(Chunks(chunks.first[low:high], chunks.size[low:high]), source.weight)
+                for source, low, high in zip(self._sources.values(), parts, parts[1:], strict=False)
+            ],
+            contrast, plan.seed, config.shuffle_buffer,
+        )  # fmt: skip
+        self.num_samples = self._order.num_samples if endless else len(self._catalog)
 
     def starting_at(self, start: int) -> "Stream":
         """The same stream from micro-step `start` on."""
@@ -83,62 +126,52 @@ class Stream(IterableDataset[Loaded]):
     def __iter__(self) -> Iterator[Loaded]:
         worker = get_worker_info()
         mine, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        plan, share = self._plan, []
-        contrast = plan.micro_batch * plan.world_size
-        position = self._start * contrast - 1
-        for position, record in self._positions(self._start * contrast):
-            step, place = divmod(position, contrast)
-            if (step - self._start) % workers != mine:
-                continue
-            if place // plan.micro_batch == plan.rank:
-                share.append((position, record))
-            if place == contrast - 1:
-                yield self.load(share)
-                share = []
-        step, place = divmod(position, contrast)
-        if place != contrast - 1 and (step - self._start) % workers == mine:
-            yield self.load(share)  # the last one may be short, or empty: every rank takes the same number of steps
+        contrast = self._plan.micro_batch * self._plan.world_size
+        low = self._plan.rank * self._plan.micro_batch
+        slots = range(low, low + self._plan.micro_batch)
+        reader = Reader()
+        windows = Windows(self._order, self._catalog, reader, slots, self._start, mine, workers)
+        # As they lie, the last batch may be short, or empty: every rank takes the same number of steps.
+        steps = count(self._start) if self._endless else range(self._start, -(-len(self._catalog) // contrast))
+        for step in steps:
+            if (step - self._start) % workers == mine:
+                if self._endless:
+                    yield self._load([windows.visit(step, slot) for slot in slots], windows.read)
+                else:
+                    first = min(step * contrast + low, len(self._catalog))
+                    last = min(first + len(slots), len(self._catalog))
+                    run = Run(self._catalog, reader, first, last - first)
+                    yield self._load([Visit(number, number, ()) for number in range(first, last)], run.read)
 
-    def load(self, share: Sequence[tuple[int, Record]]) -> Loaded:
-        """The pair batch of some records at their positions."""
-        samples, skipped = [], []
-        for position, record in share:
-            try:
-                samples.append(self._sample(position, record))
-            except UnreadableImage as error:
-                skipped.append(f"{record.key}: {error}")
-        tokenizer = self._tokenizer
-        batch = PairBatch(tokenizer.vocabulary, self._image_size, tokenizer.max_length, self._config.pad_multiple)
+    def _load(self, visits: Sequence[Visit], read: Callable[[int], tuple[str, bytes]]) -> Loaded:
+        """The pair batch of some places of the stream."""
+        samples: list[Sample] = []
+        damages: list[Damage] = []
+        sources = dict.fromkeys(self._sources, 0)
+        for visit in visits:
+            for number in (visit.number, *visit.others):
+                source = list(self._sources)[int(np.searchsorted(self._firsts, number, side="right")) - 1]
+                try:
+                    samples.append(self._sample(visit.position, parse(*read(number)), source))
+                    sources[source] += 1
+                    break
+                except (Unusable, UnreadableImage, OSError) as error:
+                    damages.append(self._damage(number, error))
+        batch = PairBatch(
+            self._tokenizer.vocabulary, self._image_size, self._tokenizer.max_length, self._config.pad_multiple
+        )
         for task in self._tasks.values():
             task.lay(batch, samples)
-        return Loaded(batch.build(), tuple(skipped))
+        return Loaded(batch.build(), tuple(damages), sources)
 
-    def _positions(self, start: int) -> Iterator[tuple[int, Record]]:
-        epoch, skip = divmod(start, self.num_samples) if self._endless else (0, start)
-        while True:
-            order = f"{self._plan.seed}/{epoch}" if self._endless else None
-            records = filter(
-                self._eligible, read_records(self._shards, order=order, buffer=self._config.shuffle_buffer)
-            )
-            for place, record in enumerate(records):
-                if place >= skip:
-                    yield epoch * self.num_samples + place, record
-            if not self._endless:
-                return
-            epoch, skip = epoch + 1, 0
+    def _damage(self, number: int, error: Exception) -> Damage:
+        reason = error.reason if isinstance(error, Unusable) else REASONS[type(error) is UnreadableImage]
+        return Damage(self._catalog.part(number).shard, self._catalog.key(number), reason, str(error))
 
-    def _eligible(self, record: Record) -> bool:
-        labels = tuple(statement["label"] for statement in record.statements)
-        supply = Supply(len(record.images), len(record.texts), len(record.questions), labels)
-        try:
-            usable = [task.eligible(supply) for task in self._tasks.values()]
-        except UserError as error:
-            raise UserError(f"sample {record.key}: {error}") from None
-        return bool(record.images) and any(usable)
-
-    def _sample(self, position: int, record: Record) -> Sample:
+    def _sample(self, position: int, record: Record, source: str) -> Sample:
         visit = f"{self._plan.seed}/{position}"
-        texts = drawn(record.texts, self._config.texts_per_image, f"{visit}/texts")
+        own = self._sources[source].texts_per_image
+        texts = drawn(record.texts, self._config.texts_per_image if own is None else own, f"{visit}/texts")
         return Sample(
             images=tuple(decode(image, self._image_size) for image in record.images),
             image_ids=tuple(content_id(f"image {name}") for name in record.image_ids),
@@ -160,17 +193,17 @@ class Stream(IterableDataset[Loaded]):
 def load_batches(stream: Stream, num_workers: int, *, pin: bool = False) -> Iterator[Loaded]:
     """The stream through loader workers, in its own order, without touching torch's random generator.
 
-    With `pin` batches lie in pinned memory, from which a GPU copies while the host goes on. A loader draws a seed when
-    it starts; from the default generator that would shift the dropout of a resumed run.
+    A loader draws a seed when it starts; from the default generator that would shift the dropout of a resumed run.
+    With `pin` batches lie in pinned memory, from which a GPU takes them while it works.
     """
     return iter(
         DataLoader(
             stream,
             batch_size=None,
             num_workers=num_workers,
-            pin_memory=pin,
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),
+            pin_memory=pin,
         )
     )
 
@@ -179,3 +212,19 @@ def _ignore_signals(worker: int) -> None:
     """SLURM signals every process of a step; a worker that dies or saves would break its rank."""
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
+
+
+def _check_damage(config: DataConfig, catalog: Catalog) -> None:
+    """Raises UserError if more samples, or shards, than the recipe allows are unusable."""
+    samples = [damage for damage in catalog.damages if damage.key]
+    shards = {damage.shard for damage in catalog.damages if not damage.key}
+    most = config.most_damaged
+    for count_bad, of, what in (
+        (len(samples), len(catalog) + len(samples), "samples"), (len(shards), len(catalog.shards), "shards"),
+    ):  # fmt: skip
+        if count_bad > most * of:
+            first = catalog.damages[0]
+            raise UserError(
+                f"{count_bad} of {of} {what} are unusable, more than data.most_damaged ({most:.2%}): "
+                f"{reasons(catalog.damages)}; the first: {first.told()}"
+            )

@@ -57,7 +57,7 @@ def question_only(folder: Path) -> dict[str, Score]:
 
 
 def _questions(split: Path) -> list[tuple[str, str, str]]:
-    records = read_records(find_shards([str(split)]), order=None, buffer=0)
+    records = read_records(find_shards([str(split)]))
     return [(q["question"], max(q["answers"], key=q["answers"].get), q["kind"]) for r in records for q in r.questions]
 
 
