@@ -6,6 +6,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 from transformers import ViltConfig, ViltModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dist_fusion.models.config import ModelConfig
 from dist_fusion.models.heads import Features
@@ -50,14 +51,28 @@ class Peer(nn.Module):
         features = Features(said.pooler_output, said.last_hidden_state[:, : batch.text_ids.shape[1]])
         return {task: head(features, batch.targets[task].rows) for task, head in self.heads.items()}
 
-    @torch.inference_mode()
-    def last_queries_and_keys(self, batch: Batch) -> dict[str, Tensor]:
-        """`query` and `key` of the last block, [P, L + N, D] each.
+    def on_raster(
+        self, images: Tensor, text_ids: Tensor, text_mask: Tensor, *, output_attentions: bool = False
+    ) -> BaseModelOutputWithPooling:
+        """The model's output on images [P, 3, h, w] and texts [P, L], image tokens in raster order.
 
-        On pixels the model shuffles the patches at every call, which changes no logit; so here it is given image
-        embeddings, in raster order.
+        On pixels the model shuffles the patches at every call, which changes no logit, and every attention map; so it
+        is given image embeddings.
         """
         embed = self.model.embeddings
+        patches = embed.patch_embeddings(images).flatten(2).transpose(1, 2)
+        image = torch.cat([embed.cls_token.expand(len(patches), -1, -1), patches], 1) + embed.position_embeddings
+        return self.model(
+            input_ids=text_ids,
+            attention_mask=text_mask.long(),
+            image_embeds=image,
+            pixel_mask=text_ids.new_ones(image.shape[:2]),
+            output_attentions=output_attentions,
+        )
+
+    @torch.inference_mode()
+    def last_queries_and_keys(self, batch: Batch) -> dict[str, Tensor]:
+        """`query` and `key` of the last block, [P, L + N, D] each, image tokens in raster order."""
         attention = self.model.get_submodule(
             f"encoder.layer.{self.model.config.num_hidden_layers - 1}.attention.attention"
         )
@@ -66,14 +81,7 @@ class Peer(nn.Module):
             getattr(attention, name).register_forward_hook(lambda _, given, out, name=name: taken.update({name: out}))
             for name in ("query", "key")
         ]
-        patches = embed.patch_embeddings(batch.images).flatten(2).transpose(1, 2)
-        image = torch.cat([embed.cls_token.expand(len(patches), -1, -1), patches], 1) + embed.position_embeddings
-        self.model(
-            input_ids=batch.text_ids,
-            attention_mask=batch.text_mask.long(),
-            image_embeds=image,
-            pixel_mask=batch.text_ids.new_ones(image.shape[:2]),
-        )
+        self.on_raster(batch.images, batch.text_ids, batch.text_mask)
         for hook in hooks:
             hook.remove()
         return taken
