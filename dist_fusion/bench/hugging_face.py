@@ -2,17 +2,25 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import ViltConfig, ViltModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dist_fusion.models.config import ModelConfig
 from dist_fusion.models.heads import Features
 from dist_fusion.models.layouts import LAYOUTS, read
 from dist_fusion.models.vilt import Vilt
 from dist_fusion.types import Batch, HeadSpec, Output
+
+
+class Raster(NamedTuple):
+    """What the peer says of P pairs, text tokens first and then image tokens in raster order."""
+
+    pooled: Tensor  # [P, D]
+    tokens: Tensor  # [P, L + N, D]
+    maps: tuple[Tensor, ...]  # of every block, [P, H, L + N, L + N]
 
 
 class Peer(nn.Module):
@@ -51,10 +59,8 @@ class Peer(nn.Module):
         features = Features(said.pooler_output, said.last_hidden_state[:, : batch.text_ids.shape[1]])
         return {task: head(features, batch.targets[task].rows) for task, head in self.heads.items()}
 
-    def on_raster(
-        self, images: Tensor, text_ids: Tensor, text_mask: Tensor, *, output_attentions: bool = False
-    ) -> BaseModelOutputWithPooling:
-        """The model's output on images [P, 3, h, w] and texts [P, L], image tokens in raster order.
+    def on_raster(self, images: Tensor, text_ids: Tensor, text_mask: Tensor, *, maps: bool = False) -> Raster:
+        """What the model makes of images [P, 3, h, w] and texts [P, L]; attention maps only if asked for.
 
         On pixels the model shuffles the patches at every call, which changes no logit, and every attention map; so it
         is given image embeddings.
@@ -62,13 +68,14 @@ class Peer(nn.Module):
         embed = self.model.embeddings
         patches = embed.patch_embeddings(images).flatten(2).transpose(1, 2)
         image = torch.cat([embed.cls_token.expand(len(patches), -1, -1), patches], 1) + embed.position_embeddings
-        return self.model(
+        said = self.model(
             input_ids=text_ids,
             attention_mask=text_mask.long(),
             image_embeds=image,
             pixel_mask=text_ids.new_ones(image.shape[:2]),
-            output_attentions=output_attentions,
+            output_attentions=maps,
         )
+        return Raster(said.pooler_output, said.last_hidden_state, said.attentions or ())
 
     @torch.inference_mode()
     def last_queries_and_keys(self, batch: Batch) -> dict[str, Tensor]:
