@@ -46,15 +46,15 @@ class Peer(nn.Module):
                 parameter.add_(0.02 * torch.randn_like(parameter))
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Logits of every head; the attention maps, which distillation would read, are computed for all blocks."""
+    def forward(self, batch: Batch, maps: bool = True) -> dict[str, Tensor]:
+        """Logits of every head; with `maps` the attention of all blocks, which distillation would read, is kept."""
         images = batch.images
         said = self.model(
             input_ids=batch.text_ids,
             attention_mask=batch.text_mask.long(),
             pixel_values=images,
             pixel_mask=batch.text_ids.new_ones(()).expand(len(images), *images.shape[2:]),
-            output_attentions=True,
+            output_attentions=maps,
         )
         features = Features(said.pooler_output, said.last_hidden_state[:, : batch.text_ids.shape[1]])
         return {task: head(features, batch.targets[task].rows) for task, head in self.heads.items()}

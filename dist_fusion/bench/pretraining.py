@@ -44,7 +44,8 @@ class AdamW:
         for weight, copy in halves:
             copy.grad = None if weight.grad is None else weight.grad.float()
             weight.grad = None
-        clip_grad_norm_(self.copies, self.clip)
+        if self.clip:
+            clip_grad_norm_(self.copies, self.clip)
         self.torch_adamw.step()
         self.torch_adamw.zero_grad()
         with torch.no_grad():

@@ -7,15 +7,29 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
-from dist_fusion.bench import teacher
-from dist_fusion.bench.timing import Row
+from dist_fusion.bench import inference, roofline, step, teacher
 from dist_fusion.checkpoint import versions
 from dist_fusion.schema import UserError, nearest
 
-BENCHES: dict[str, Callable[[torch.device, bool], Iterator[Row]]] = {"teacher": teacher.rows}
+
+class Line(Protocol):
+    """A row of a bench: a NamedTuple that knows how to show itself."""
+
+    def line(self) -> str: ...  # for people
+
+    def _asdict(self) -> dict[str, Any]: ...  # for the file
+
+
+BENCHES: dict[str, Callable[[torch.device, bool], Iterator[Line]]] = {
+    "teacher": teacher.rows,
+    "step": step.rows,
+    "inference": inference.rows,
+    "roofline": roofline.rows,
+}
 """Benches by name: (device, quick) -> rows. Quick ones show that all runs, at sizes whose times say nothing."""
 DEVICES = ("cpu", "cuda")
 THREADS = 2

@@ -49,7 +49,7 @@ class Row(NamedTuple):
         peaks = f"   peak {self.ours_peak_mb:,.0f} to {self.peer_peak_mb:,.0f} MB" if self.ours_peak_mb else ""
         return (
             f"{self.case:<40} {self.ratio:6.2f}x (medians {self.ratio_of_medians:.2f}x)   "
-            f"ours {_spread(self.ours_ms)} ms   {self.peer} {_spread(self.peer_ms)} ms{floor}{peaks}"
+            f"ours {spread(self.ours_ms)} ms   {self.peer} {spread(self.peer_ms)} ms{floor}{peaks}"
         )
 
 
@@ -59,7 +59,7 @@ def compare(contest: Contest, device: torch.device, seconds: float) -> Row:
     if contest.floor is not None:
         runs["floor"] = contest.floor
     taken = interleaved(runs, device, seconds)
-    table = {name: _quantiles(times) for name, times in taken.items()}
+    table = {name: quantiles(times) for name, times in taken.items()}
     least = {name: min(times) for name, times in taken.items()}
     return Row(
         case=contest.case,
@@ -161,11 +161,13 @@ PEAKS: dict[str, Callable[[Run], float | None]] = {"cpu": _resident_growth, "cud
 """Megabytes that one run needs at its peak, above what was there before it, by kind of device."""
 
 
-def _quantiles(times: Iterable[float]) -> list[float]:
+def quantiles(times: Iterable[float]) -> list[float]:
+    """The 20th, 50th and 80th percentile."""
     values = torch.tensor(list(times), dtype=torch.float64)
     return [round(value, 3) for value in values.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()]
 
 
-def _spread(times: list[float]) -> str:
+def spread(times: list[float]) -> str:
+    """Quantiles for people."""
     low, middle, high = times
     return f"{middle:,.1f} ({low:,.1f} to {high:,.1f})"
