@@ -7,6 +7,7 @@ cache; so a part of small tensors can be faster than its floor.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -27,7 +28,6 @@ from dist_fusion.distill import objective, row_weights
 from dist_fusion.facts import flop_counter
 from dist_fusion.models.teachers import teach
 from dist_fusion.models.vilt import Vilt
-from dist_fusion.types import Output
 
 TEACHER = {
     "text_embedding": "teacher: embeddings",
@@ -132,8 +132,41 @@ def _bytes(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-Marks = list[tuple[Any, str]]
-"""A reading at each edge, and the part that begins there; the last one ends the step."""
+class Tape:
+    """Readings of something that grows, at each edge of the parts of a step. Parts lie inside one another."""
+
+    def __init__(self, read: Callable[[], Any]):
+        self.read = read
+        self.marks: list[tuple[Any, str]] = []  # a reading, and the part that begins there
+        self.inside = ["else"]
+
+    def enter(self, part: str) -> None:
+        self.inside.append(part)
+        self.marks.append((self.read(), part))
+
+    def leave(self) -> None:
+        self.inside.pop()
+        self.marks.append((self.read(), self.inside[-1]))
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self.enter(name)
+        yield
+        self.leave()
+
+    @contextmanager
+    def children(self, model: nn.Module, parts: Mapping[str, str]) -> Iterator[None]:
+        """Whatever child of `model` is called inside is its part."""
+        hooks = []
+        for name, child in model.named_children():
+            for called in child.values() if isinstance(child, nn.ModuleDict) else (child,):
+                hooks += [
+                    called.register_forward_pre_hook(lambda _, given, part=parts[name]: self.enter(part)),
+                    called.register_forward_hook(lambda _, given, out: self.leave()),
+                ]
+        yield
+        for hook in hooks:
+            hook.remove()
 
 
 def rows(device: torch.device, quick: bool) -> Iterator[Rate | Part]:
@@ -202,67 +235,34 @@ def measure_rates(step: Pretraining, probe: Probe, device: torch.device) -> Iter
         yield Rate(name, {"m": m, "k": k, "n": n, "dtype": str(dtype)}, quantiles(taken), 1e3 * m * k * n / min(taken))
 
 
-def trace(step: Pretraining, read: Callable[[], Any]) -> Marks:
-    """One step, read at the edges of its parts."""
-    marks: Marks = []
-    inside: list[str] = []
-
-    def enter(part: str) -> None:
-        inside.append(part)
-        marks.append((read(), part))
-
-    def leave() -> None:
-        inside.pop()
-        marks.append((read(), inside[-1] if inside else "else"))
-
-    hooks = []
-    (teacher,) = step.teachers
-    for model, parts in ((teacher.model, TEACHER), (step.student, STUDENT)):
-        for name, child in model.named_children():
-            for called in child.values() if isinstance(child, nn.ModuleDict) else (child,):
-                hooks += [
-                    called.register_forward_pre_hook(lambda _, given, part=parts[name]: enter(part)),
-                    called.register_forward_hook(lambda _, given, out: leave()),
-                ]
-    enter("batch to the device")
-    batch = step.moved()
-    leave()
-    enter("teacher: else")
-    lessons = teach(step.teachers, batch)
-    leave()
-    enter("student: else")
-    said = step.student(batch)
-    leave()
-    for hook in hooks:
-        hook.remove()
-    config, rows = step.config.distill, row_weights([step.batch], step.tasks).to(step.device)
-    enter("losses of the tasks")
-    learned = objective(replace(config, attention=0.0), step.tasks, batch, said, lessons, rows).total
-    leave()
-    # The taps' gradients are taken first, so that the backward pass of the divergence stands apart.
-    taps = [x for tap in said.taps.values() for x in (tap.query, tap.key)]
-    leaves = [x.detach().requires_grad_() for x in taps]
-    apart = dict(
-        zip(
-            said.taps,
-            (tap._replace(query=leaves[2 * i], key=leaves[2 * i + 1]) for i, tap in enumerate(said.taps.values())),
-            strict=True,
-        )
-    )
-    enter("attention KL, forward")
-    attended = objective(replace(config, hard=0.0, soft=0.0), step.tasks, batch, Output({}, apart), lessons, rows).total
-    leave()
-    enter("attention KL, backward")
-    gradients = torch.autograd.grad(attended, leaves)
-    leave()
-    enter("backward of all else")
-    torch.autograd.backward([learned, *taps], [torch.ones_like(learned), *gradients])
-    leave()
-    enter("clip and AdamW")
-    step.optimizer.step()
-    leave()
-    marks.append((read(), "end"))
-    return marks
+def trace(step: Pretraining, read: Callable[[], Any]) -> list[tuple[Any, str]]:
+    """One step: a reading at each edge, and the part that begins there."""
+    tape, (teacher,), config = Tape(read), step.teachers, step.config.distill
+    rows = row_weights([step.batch], step.tasks).to(step.device)
+    with tape.part("batch to the device"):
+        batch = step.moved()
+    with tape.part("teacher: else"), tape.children(teacher.model, TEACHER):
+        lessons = teach(step.teachers, batch)
+    with tape.part("student: else"), tape.children(step.student, STUDENT):
+        said = step.student(batch)
+    with tape.part("losses of the tasks"):
+        learned = objective(replace(config, attention=0.0), step.tasks, batch, said, lessons, rows).total
+    # The gradients of the taps are taken by themselves, so that the backward of the divergence stands apart.
+    cut = {
+        site: tap._replace(query=tap.query.detach().requires_grad_(), key=tap.key.detach().requires_grad_())
+        for site, tap in said.taps.items()
+    }
+    taps, leaves = ([x for tap in some.values() for x in (tap.query, tap.key)] for some in (said.taps, cut))
+    with tape.part("attention KL, forward"):
+        attention_alone = replace(config, hard=0.0, soft=0.0)
+        attended = objective(attention_alone, step.tasks, batch, said._replace(taps=cut), lessons, rows).total
+    with tape.part("attention KL, backward"):
+        gradients = torch.autograd.grad(attended, leaves)
+    with tape.part("backward of all else"):
+        torch.autograd.backward([learned, *taps], [torch.ones_like(learned), *gradients])
+    with tape.part("clip and AdamW"):
+        step.optimizer.step()
+    return tape.marks
 
 
 def counted(step: Pretraining) -> dict[str, tuple[int, int]]:
@@ -279,9 +279,8 @@ def counted(step: Pretraining) -> dict[str, tuple[int, int]]:
 def timed(step: Pretraining, device: torch.device) -> dict[str, float]:
     """Milliseconds of each part of a step."""
     read, elapsed = CLOCKS[device.type]
-    marks = trace(step, read)
     times: dict[str, float] = {}
-    for (before, part), (after, _) in pairwise(marks):
+    for (before, part), (after, _) in pairwise(trace(step, read)):
         times[part] = times.get(part, 0.0) + elapsed(before, after)
     return times
 
