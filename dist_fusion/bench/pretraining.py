@@ -42,12 +42,15 @@ class AdamW:
         """One step on the gradients that are there, which are gone afterwards."""
         halves = [(w, copy) for w, copy in zip(self.weights, self.copies, strict=True) if w is not copy]
         for weight, copy in halves:
-            copy.grad = None if weight.grad is None else weight.grad.float()
-            weight.grad = None
+            if weight.grad is None or copy.grad is None:
+                copy.grad = None if weight.grad is None else weight.grad.float()
+            else:  # new memory at every step would take longer than AdamW
+                copy.grad.copy_(weight.grad)
         if self.clip:
             clip_grad_norm_(self.copies, self.clip)
         self.torch_adamw.step()
-        self.torch_adamw.zero_grad()
+        for weight in self.weights:
+            weight.grad = None
         with torch.no_grad():
             for weight, copy in halves:
                 weight.copy_(copy)
