@@ -1,8 +1,9 @@
 """What one step of pre-training must cost on the device at hand, part by part, and how near to that it comes.
 
-The floor of a part is the longer of two times: its bytes at the measured rate of a copy, and its multiply-adds at the
-best measured rate of a matrix product. Bytes are what every operation reads and writes, as if nothing stayed in a
-cache; so a part of small tensors can be faster than its floor.
+The floor of a part is the longer of two times: its bytes at the best measured rate of a copy or of a change in place
+(a CPU's copy also reads what it overwrites, so it is the slower of the two), and its multiply-adds at the best rate of
+a matrix product. Bytes are what every operation reads and writes, as if nothing stayed in a cache; so a part of small
+tensors can be faster than its floor.
 """
 
 import time
@@ -48,6 +49,10 @@ STUDENT = {
 """What the student's children count to."""
 GATHERS = {torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default}
 """Operations that read of their first input only the rows that they return."""
+OVERWRITES = {torch.ops.aten.copy_.default, torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default}
+"""Operations that do not read what they change."""
+UNCHANGED = {torch.ops.aten._fused_adamw_.default: ("grads",)}
+"""What operations say they change, and do not (unless they undo a scaling of the loss)."""
 
 
 class Rate(NamedTuple):
@@ -116,13 +121,17 @@ class ByteCounter(TorchDispatchMode):
         returned = (x for x in tree_leaves(out) if isinstance(x, Tensor))
         new = sum(_bytes(x) for x in returned if x.untyped_storage().data_ptr() not in known)
         names = [argument.name for argument in func._schema.arguments]
-        changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        changed = [
+            a.name
+            for a in func._schema.arguments
+            if a.alias_info is not None and a.alias_info.is_write and a.name not in UNCHANGED.get(func, ())
+        ]
         by_name = {**dict(zip(names, args, strict=False)), **kwargs}
         written = new + sum(
             _bytes(x) for name in changed for x in tree_leaves(by_name.get(name)) if isinstance(x, Tensor)
         )
         if written:
-            read = new if func in GATHERS else sum(map(_bytes, given))
+            read = new if func in GATHERS else sum(map(_bytes, given[1:] if func in OVERWRITES else given))
             self.total += written + read
         return out
 
@@ -175,8 +184,10 @@ def rows(device: torch.device, quick: bool) -> Iterator[Rate | Part]:
     step = build(size, device)
     rates = list(measure_rates(step, probe, device))
     yield from rates
-    copying = rates[0].per_second
-    multiplying = max(rate.per_second for rate in rates[1:])
+    copying, multiplying = (
+        max(rate.per_second for rate in rates if ("bytes" in rate.sizes) is of_memory) for of_memory in (True, False)
+    )
+    step.step()  # the first step makes the optimizer's state
     costs = counted(step)
     times = [timed(step, device) for _ in range(ROUNDS + 1)][1:]  # the first warms up
     whole = {"whole step": tuple(map(sum, zip(*costs.values(), strict=True)))}
@@ -184,17 +195,18 @@ def rows(device: torch.device, quick: bool) -> Iterator[Rate | Part]:
         taken = [one[name] if name in one else sum(one.values()) for one in times]
         floors = {"products": 1e3 * flops / 2 / multiplying, "memory": 1e3 * moved / copying}
         bound = max(floors, key=lambda of: floors[of])
-        if name == "whole step":  # no better than its parts
-            floors[bound] = sum(max(f / 2 / multiplying, m / copying) for f, m in costs.values()) * 1e3
+        floor = floors[bound]
+        if name == "whole step":  # its parts cannot be done at once
+            floor = 1e3 * sum(max(f / 2 / multiplying, m / copying) for f, m in costs.values())
         yield Part(
             case=name,
             multiply_adds=flops // 2,
             bytes=moved,
-            floor_ms=round(floors[bound], 3),
+            floor_ms=round(floor, 3),
             bound=bound,
             ms=quantiles(taken),
             least_ms=round(min(taken), 3),
-            share=round(floors[bound] / min(taken), 3),
+            share=round(floor / min(taken), 3),
             utilisation=round(floors["products"] / min(taken), 3),
         )
 
@@ -211,12 +223,13 @@ def build(size: Size, device: torch.device) -> Pretraining:
 
 
 def measure_rates(step: Pretraining, probe: Probe, device: torch.device) -> Iterator[Rate]:
-    """A copy, then products of a square and of the model's own shapes, in the precision of the step."""
+    """A copy and a change in place, then products of squares and of the model's own shapes in the step's precision."""
     dtype, width = next(step.student.parameters()).dtype, step.config.model.width
     source = torch.ones(probe.copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    taken = interleaved({"copy": lambda: target.copy_(source)}, device, seconds=0, rounds=ROUNDS)["copy"]
-    yield Rate("copy", {"bytes": probe.copied}, quantiles(taken), 2e3 * probe.copied / min(taken))
+    for name, move in {"copy": lambda: target.copy_(source), "change in place": lambda: target.bitwise_not_()}.items():
+        taken = interleaved({name: move}, device, seconds=0, rounds=ROUNDS)[name]
+        yield Rate(name, {"bytes": 2 * probe.copied}, quantiles(taken), 2e3 * probe.copied / min(taken))
     pairs, (images, *_) = len(step.batch.pairs), step.batch.images.shape
     patches = (step.config.model.image_size // step.config.model.patch_size) ** 2 + 1
     tokens = step.batch.text_ids.shape[1] + patches
