@@ -56,7 +56,7 @@ class Size:
 
 
 FULL = {
-    "cpu": Size(ModelConfig(dropout=0.0), (1, 8), seconds=40),
+    "cpu": Size(ModelConfig(dropout=0.0), (1, 8), seconds=25),
     "cuda": Size(ModelConfig(dropout=0.0), (1, 32), seconds=10),
 }
 QUICK = Size(

@@ -62,7 +62,7 @@ class Size:
     seconds: float  # a case
 
 
-FULL = {"cpu": Size(8, (), seconds=40), "cuda": Size(64, (), seconds=20)}
+FULL = {"cpu": Size(8, (), seconds=30), "cuda": Size(64, (), seconds=20)}
 QUICK = Size(
     4,
     ("model.width=32", "model.num_heads=2", "model.num_layers=2", "model.num_fusion_layers=2", "model.image_size=64"),
