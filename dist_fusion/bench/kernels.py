@@ -52,6 +52,8 @@ SITES: dict[str, tuple[Site, ...]] = {
 }
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}
 QUICK = Site("quick", 2, 20, 16, "keys")
+ACTIVATION = 30_000_000
+"""Bytes; beyond 32 MiB the C library always asks the system."""
 SECONDS = {"cpu": 6.0, "cuda": 2.0}
 """Of one comparison, by kind of device."""
 
@@ -143,7 +145,12 @@ def attention_identity(given: Inputs, direction: str) -> Tensor:
 
 
 def rows(device: torch.device, quick: bool) -> Iterator[KernelRow]:
-    """All ways at all sites, in both directions."""
+    """All ways at all sites, in both directions.
+
+    Before it, memory as large as a model's activations comes and goes: from then on the C library keeps what is freed,
+    as it does in a training, where each way would else fetch its maps from the system anew, page by page.
+    """
+    torch.empty(ACTIVATION, dtype=torch.uint8)
     for site in (QUICK,) if quick else SITES[device.type]:
         torch._dynamo.reset()  # each site is compiled for its own sizes, as often as it takes
         for dtype in DTYPES[device.type]:
