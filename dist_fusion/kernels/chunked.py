@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 def solve(problem: Problem, gradients: bool) -> Solution:
     """The loss and, if asked for, both gradients."""
     p = problem._replace(query_mask=_telling(problem.query_mask), key_mask=_telling(problem.key_mask))
-    pairs, heads, queries, width = p.student_query.shape
+    pairs, heads, queries, _ = p.student_query.shape
     keys = p.student_key.shape[2]
     query_gradient = empty_as(p.student_query) if gradients else None
     key_gradient = empty_as(p.student_key) if gradients else None
