@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_fusion.batch import Question
+from dist_fusion.data.index import Damage
 from dist_fusion.data.stream import Loaded
 from dist_fusion.evaluate import Evaluation, evaluate
 from dist_fusion.tasks import TASKS
@@ -65,7 +66,11 @@ def two_images_of_one_caption():
     """Nothing to tell apart: every row of retrieval weighs 0."""
     tasks = {"retrieval": tiny.FINETUNING["retrieval"]}
     batch = tiny.batch(tasks, tiny.samples(4, captions=1))
-    return tiny.model(tiny.model_config(), tasks), tasks, [Loaded(batch, ("unreadable",))]
+    return (
+        tiny.model(tiny.model_config(), tasks),
+        tasks,
+        [Loaded(batch, (Damage("0.tar", "7", "undecodable image", "no picture"),))],
+    )
 
 
 def test_a_pass_without_a_batch_gives_no_score():

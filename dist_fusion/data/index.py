@@ -27,7 +27,7 @@ from dist_fusion.data.record import READ, Unusable, annotations, picture_names
 from dist_fusion.distributed import barrier, rank
 
 VERSION = 1
-SUFFIX = ".index.npz"
+SUFFIX = ".index"
 CACHE = "DIST_FUSION_CACHE"
 """Environment variable: where indices go whose tar's own folder cannot be written."""
 BLOCK = tarfile.BLOCKSIZE
@@ -123,7 +123,7 @@ def _write(shard: str) -> None:
     """Scan a shard and keep what was found, if there is anywhere to keep it."""
     file = index_file(shard)
     memory = io.BytesIO()
-    np.savez(memory, **_scanned(shard))
+    np.savez(memory, allow_pickle=False, **_scanned(shard))
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import webdataset as wds
 
-from dist_fusion.data.index import outlines, split_name
+from dist_fusion.data.index import outlines, reasons, split_name
 from dist_fusion.data.record import Record, Unusable, record
 from dist_fusion.schema import UserError
 
@@ -63,9 +63,11 @@ def write_shards(folder: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]
 
 
 def read_records(shards: Sequence[str]) -> Iterator[Record]:
-    """The usable records of all shards, as they lie."""
+    """The records of all shards as they lie. Raises UserError if one of them is damaged."""
     reader = Reader()
     for outline in outlines(shards):
+        if outline.damages:
+            raise UserError(f"unusable: {outline.damages[0].told()}; in all {reasons(outline.damages)}")
         for begin, end in zip(outline.begin.tolist(), outline.end.tolist(), strict=True):
             yield parse(outline.shard, reader.read(outline.shard, begin, end))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import accumulate, count
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -70,8 +71,8 @@ class Loaded(NamedTuple):
     """One micro-batch, what of it could not be read, and how many samples came from which source."""
 
     batch: Batch
-    damages: tuple[Damage, ...]
-    sources: dict[str, int]
+    damages: tuple[Damage, ...] = ()
+    sources: Mapping[str, int] = MappingProxyType({})
 
 
 class Plan(NamedTuple):

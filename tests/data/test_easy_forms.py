@@ -33,7 +33,7 @@ def digest(data):
 
 
 def records_of(folder):
-    return {split: list(read_records(find_shards([str(folder / split)]), order=None, buffer=0)) for split in SPLITS}
+    return {split: list(read_records(find_shards([str(folder / split)]))) for split in SPLITS}
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ def test_the_kind_of_a_question_is_that_of_its_answer(truth):
 @pytest.fixture(scope="module")
 def records(easy_vqa):
     folder = easy_vqa
-    return {split: list(read_records(find_shards([str(folder / split)]), order=None, buffer=0)) for split in IMAGES}
+    return {split: list(read_records(find_shards([str(folder / split)]))) for split in IMAGES}
 
 
 def test_every_image_and_question_is_written(easy_vqa, records):

@@ -15,8 +15,8 @@ def tree_of(**tree):
     return json.dumps(tree).encode()
 
 
-def read(*folders, order=None, buffer=0):
-    return list(read_records(find_shards([str(folder) for folder in folders]), order=order, buffer=buffer))
+def read(*folders):
+    return list(read_records(find_shards([str(folder) for folder in folders])))
 
 
 def write_tar(path, members):
@@ -48,7 +48,7 @@ def test_what_is_written_is_read_in_its_order(tmp_path_factory, samples, samples
     members = [(f"{i:03d}", {"jpg": image, "json": tree_of(texts=t)}) for i, (image, t) in enumerate(samples)]
     assert write_shards(folder, members, samples_per_shard) == len(samples)
     names = [f"{i:05d}.tar" for i in range(-(-len(samples) // samples_per_shard))]
-    assert sorted(path.name for path in folder.iterdir()) == names
+    assert sorted(path.name for path in folder.iterdir()) == names  # an index comes with the first reading
     records = read(folder)
     assert [(record.images, record.texts) for record in records] == [((image,), tuple(t)) for image, t in samples]
 
@@ -59,21 +59,6 @@ def test_writing_twice_gives_the_same_bytes(tmp_path):
         write_shards(tmp_path / name, members, 2)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.text(max_size=5), st.integers(1, 100))
-def test_an_order_has_every_record_once_and_is_the_same_again(shards, order, buffer):
-    keys = [record.key for record in read(shards)]
-    shuffled = [record.key for record in read(shards, order=order, buffer=buffer)]
-    assert sorted(shuffled) == sorted(keys)
-    assert shuffled == [record.key for record in read(shards, order=order, buffer=buffer)]
-
-
-def test_orders_differ_and_mix_within_and_between_shards(shards):
-    one, two = ([record.key for record in read(shards, order=order, buffer=100)] for order in ("0/0", "0/1"))
-    assert one != two
-    assert len({key.rsplit("/", 2)[1] for key in one[:8]}) > 1
 
 
 def test_tars_in_the_way_img2dataset_writes_them_are_read_as_one_text(tmp_path):
@@ -112,7 +97,7 @@ def test_a_question_that_could_not_be_asked_is_refused_before_training(tmp_path,
 )  # fmt: skip
 def test_a_statement_that_could_not_be_judged_is_refused_before_training(tmp_path, statement):
     write_tar(tmp_path / "0.tar", {"a.jpg": b"x", "a.json": tree_of(statements=[statement])})
-    with pytest.raises(UserError, match=r"0\.tar/a has an unreadable .*statement"):
+    with pytest.raises(UserError, match=r"0\.tar/a: unreadable .*statement"):
         read(tmp_path)
 
 
@@ -175,8 +160,8 @@ def test_a_folder_without_tars_is_told(tmp_path):
 
 def test_an_empty_tar_is_told(tmp_path):
     (tmp_path / "3.tar").touch()
-    with pytest.raises(UserError, match=r"the shard .*3\.tar is empty"):
-        find_shards([str(tmp_path)])
+    with pytest.raises(UserError, match=r"3\.tar: empty shard"):
+        read(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +187,7 @@ def test_a_tar_that_was_cut_off_is_told_wherever_it_was_cut(tmp_path_factory, wh
 @pytest.mark.parametrize("start", [b"garbage" * 300, b"\x1f\x8b\x08" + b"\0" * 600])
 def test_a_file_that_is_no_tar_is_told(tmp_path, start):
     (tmp_path / "0.tar").write_bytes(start)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"0\.tar: no tar"):
         read(tmp_path)
 
 
@@ -212,7 +197,7 @@ def test_a_file_that_is_no_tar_is_told(tmp_path, start):
 )
 def test_a_json_that_is_wrong_is_told_with_its_sample(tmp_path, tree):
     write_shards(tmp_path, [("good", {"png": b"x", "txt": b"x"}), ("wrong", {"png": b"x", "json": tree})], 9)
-    with pytest.raises(UserError, match=r"00000\.tar/wrong has an unreadable \.json or \.txt"):
+    with pytest.raises(UserError, match=r"00000\.tar/wrong: unreadable \.json or \.txt"):
         read(tmp_path)
 
 

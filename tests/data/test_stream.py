@@ -83,7 +83,7 @@ def test_a_stream_started_later_is_the_rest_of_one_from_the_start(stream_of, alo
 
 
 def pictures_of(shards):
-    for record in read_records(find_shards([str(shards)]), order=None, buffer=0):
+    for record in read_records(find_shards([str(shards)])):
         yield record.images[0]
 
 
@@ -161,13 +161,14 @@ def test_what_a_task_cannot_use_is_passed_over(stream_of, tmp_path, shards):
         ("3", {**picture, "json": json.dumps({"texts": ["a blue picture"]}).encode()}),
     ]
     write_shards(tmp_path, samples, 9)
-    stream = stream_of(shards=(str(tmp_path),), endless=False, micro_batch=6)
+    stream = stream_of(shards=(str(tmp_path),), endless=False, micro_batch=6, most_damaged=1)
     assert stream.num_samples == 2
+    assert [(damage.key, damage.reason) for damage in stream.damages] == [("1", "empty caption"), ("2", "no image")]
     assert names(taken(stream, None)) == [content_id(f"image {tmp_path.name}/00000.tar/{i}") for i in (0, 3)]
     with pytest.raises(
         UserError, match=r"has no sample with what vqa needs \(texts, questions, statements, or a second image\)"
     ):
-        stream_of(shards=(str(tmp_path),), tasks={"vqa": TASKS["vqa"]()})
+        stream_of(shards=(str(tmp_path),), tasks={"vqa": TASKS["vqa"]()}, most_damaged=1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -185,15 +186,15 @@ def test_a_picture_that_cannot_be_decoded_is_skipped_and_told(stream_of, tmp_pat
     assert set(names([contents(loaded.batch)])) == {
         content_id(f"image {tmp_path.name}/00000.tar/{i}") for i in (0, 1, 3, 5)
     }
-    assert len(loaded.skipped) == 2
-    for message, key, reason in zip(loaded.skipped, "24", ("UnidentifiedImageError", "OSError"), strict=True):
-        assert f"00000.tar/{key}: " in message and reason in message
+    assert [damage.key for damage in loaded.damages] == ["2", "4"]
+    for damage, error in zip(loaded.damages, ("UnidentifiedImageError", "OSError"), strict=True):
+        assert damage.reason == "undecodable image" and error in damage.detail and "00000.tar" in damage.shard
 
 
 def test_a_batch_of_broken_pictures_is_empty_but_whole(stream_of, tmp_path):
     write_shards(tmp_path, [(f"{i}", {"png": b"x", "txt": b"some text"}) for i in range(3)], 9)
     (loaded,) = load_batches(stream_of(shards=(str(tmp_path),), endless=False, micro_batch=3), 0)
-    assert len(loaded.skipped) == 3
+    assert len(loaded.damages) == 3
     assert loaded.batch.images.shape == (0, 3, 8, 8) and loaded.batch.pairs.shape == (0, 2)
     assert set(loaded.batch.targets) == set(PRETRAINING)
 
@@ -231,7 +232,7 @@ def test_statements_of_pairs_and_of_single_images_each_go_to_their_task(stream_o
     write_shards(tmp_path, samples, 9)
     tasks = {name: TASKS[name]() for name in ("nlvr2", "snli_ve")}
     stream = stream_of(shards=(str(tmp_path),), tasks=tasks, endless=False)
-    ((batch, _),) = stream
+    ((batch, *_),) = stream
     pairs, single = batch.targets["nlvr2"], batch.targets["snli_ve"]
     assert pairs.labels.tolist() == [1, 0] and single.labels.tolist() == [2]
     assert pairs.group.tolist() == [content_id(statement["text"]) for statement in said]
