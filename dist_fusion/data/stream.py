@@ -137,33 +137,51 @@ class Stream(IterableDataset[Loaded]):
         for step in steps:
             if (step - self._start) % workers == mine:
                 if self._endless:
-                    yield self._load([windows.visit(step, slot) for slot in slots], windows.read)
+                    yield self._load([windows.visit(step, slot) for slot in slots], windows.read, windows.others)
                 else:
                     first = min(step * contrast + low, len(self._catalog))
                     last = min(first + len(slots), len(self._catalog))
                     run = Run(self._catalog, reader, first, last - first)
-                    yield self._load([Visit(number, number, ()) for number in range(first, last)], run.read)
+                    yield self._load(
+                        [Visit(number, number) for number in range(first, last)], run.read, lambda visit: []
+                    )
 
-    def _load(self, visits: Sequence[Visit], read: Callable[[int], tuple[str, bytes]]) -> Loaded:
+    def _load(
+        self,
+        visits: Sequence[Visit],
+        read: Callable[[int], tuple[str, bytes]],
+        others: Callable[[Visit], Sequence[int]],
+    ) -> Loaded:
         """The pair batch of some places of the stream."""
         samples: list[Sample] = []
         damages: list[Damage] = []
         sources = dict.fromkeys(self._sources, 0)
         for visit in visits:
-            for number in (visit.number, *visit.others):
-                source = list(self._sources)[int(np.searchsorted(self._firsts, number, side="right")) - 1]
-                try:
-                    samples.append(self._sample(visit.position, parse(*read(number)), source))
-                    sources[source] += 1
+            found = self._tried(visit, visit.number, read, damages)
+            for other in others(visit) if found is None else ():
+                found = self._tried(visit, other, read, damages)
+                if found is not None:
                     break
-                except (Unusable, UnreadableImage, OSError) as error:
-                    damages.append(self._damage(number, error))
+            if found is not None:
+                samples.append(found[0])
+                sources[found[1]] += 1
         batch = PairBatch(
             self._tokenizer.vocabulary, self._image_size, self._tokenizer.max_length, self._config.pad_multiple
         )
         for task in self._tasks.values():
             task.lay(batch, samples)
         return Loaded(batch.build(), tuple(damages), sources)
+
+    def _tried(
+        self, visit: Visit, number: int, read: Callable[[int], tuple[str, bytes]], damages: list[Damage]
+    ) -> tuple[Sample, str] | None:
+        """A sample at a place, and its source; None, and a line in `damages`, if it cannot be had."""
+        source = list(self._sources)[int(np.searchsorted(self._firsts, number, side="right")) - 1]
+        try:
+            return self._sample(visit.position, parse(*read(number)), source), source
+        except (Unusable, UnreadableImage, OSError) as error:
+            damages.append(self._damage(number, error))
+            return None
 
     def _damage(self, number: int, error: Exception) -> Damage:
         reason = error.reason if isinstance(error, Unusable) else REASONS[type(error) is UnreadableImage]

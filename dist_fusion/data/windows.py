@@ -1,5 +1,6 @@
 """The part of a stream that one loader process has in memory: of each lane it feeds from, the window it is in."""
 
+from random import Random
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ from dist_fusion.data.order import Epoch, Numbers, Order
 from dist_fusion.data.shards import Reader
 
 TRIES = 16
-"""Neighbours that may stand in for a sample that cannot be read, before its place stays empty."""
+"""Others that may stand in for a sample that cannot be read, before its place stays empty."""
 
 
 class Visit(NamedTuple):
@@ -17,7 +18,6 @@ class Visit(NamedTuple):
 
     position: int
     number: int  # of the sample in the catalog
-    others: tuple[int, ...]  # who stands in, in this order, should it be unreadable
 
 
 class _Window(NamedTuple):
@@ -45,9 +45,12 @@ class Windows:
         window = self._lanes.get(lane)
         if not window or window.epoch != epoch or not 0 <= place - window.first < len(window.visits):
             window = self._lanes[lane] = self._enter(step, epoch, lane, place)
-        at, size = place - window.first, len(window.visits)
-        others = (window.visits[(at + n) % size] for n in range(1, min(TRIES, size)))
-        return Visit(step * self._order.slots + slot, int(window.visits[at]), tuple(map(int, others)))
+        return Visit(step * self._order.slots + slot, int(window.visits[place - window.first]))
+
+    def others(self, visit: Visit) -> list[int]:
+        """Who stands in for a sample that cannot be read, in this order: the same on any number of ranks."""
+        draw = Random(visit.position)
+        return [draw.randrange(len(self._catalog)) for _ in range(TRIES)]
 
     def read(self, number: int) -> tuple[str, bytes]:
         """A sample's shard and bytes. Raises OSError if they cannot be read."""

@@ -9,7 +9,7 @@ import torch
 
 from dist_fusion.batch import content_id
 from dist_fusion.data.shards import find_shards, read_records, write_shards
-from dist_fusion.data.stream import DataConfig, Plan, Stream, load_batches
+from dist_fusion.data.stream import DataConfig, Plan, SourceConfig, Stream, load_batches
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.schema import UserError
 from dist_fusion.tasks import TASKS
@@ -272,3 +272,60 @@ def test_batches_do_not_depend_on_how_python_hashes_strings(shards):
         for seed in ("1", "2")
     }  # fmt: skip
     assert len(told) == 1
+
+
+@pytest.fixture(scope="module")
+def damaged(shards, tmp_path_factory):
+    """The shared shards with every ninth picture undecodable."""
+    folder = tmp_path_factory.mktemp("damaged")
+    samples = []
+    for number, record in enumerate(read_records(find_shards([str(shards)]))):
+        picture = b"no picture" if number % 9 == 4 else record.images[0]
+        tree = json.dumps({"texts": record.texts, "image_id": record.image_ids[0]}).encode()
+        samples.append((f"{number:03d}", {"png": picture, "json": tree}))
+    write_shards(folder, samples, 14)
+    return (str(folder),)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_whatever_is_broken_ranks_stay_in_step_and_agree(stream_of, damaged, ranks):
+    alone = taken(stream_of(shards=damaged))
+    assert joined([taken(stream_of(r, ranks, shards=damaged), workers=r % 2) for r in range(ranks)]) == alone
+    broken = {content_id(f"image picture/{n}") for n in range(41) if n % 9 == 4}
+    assert not broken & set(names(alone))
+    assert {len(set(batch["image ids"])) for batch in alone} <= set(range(8, CONTRAST + 1))
+
+
+def test_what_could_not_be_read_is_listed_wherever_it_was_met(stream_of, damaged):
+    loaded = [*islice(load_batches(stream_of(shards=damaged), 0), 20)]
+    met = {damage.key for one in loaded for damage in one.damages}
+    assert met == {f"{n:03d}" for n in range(41) if n % 9 == 4}
+    assert {sum(one.sources.values()) for one in loaded} == {CONTRAST}  # every place was filled
+
+
+def test_too_much_damage_is_fatal_before_the_first_step_with_its_counts(stream_of, tmp_path, shards):
+    picture = next(iter(pictures_of(shards)))
+    write_shards(
+        tmp_path,
+        [(f"{n}", {"png": picture, "json": json.dumps({"texts": ["x"] if n else []}).encode()}) for n in range(20)], 50,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"1 of 20 samples .* more than data.most_damaged \(1.00%\): 1 empty"):
+        stream_of(shards=(str(tmp_path),))
+    assert stream_of(shards=(str(tmp_path),), most_damaged=0.05).num_samples == 19
+    (tmp_path / "1.tar").touch()
+    with pytest.raises(UserError, match=r"1 of 2 shards are unusable.*1 empty shard"):
+        stream_of(shards=(str(tmp_path),), most_damaged=0.05)
+
+
+def test_sources_are_visited_by_their_weights_with_their_own_number_of_texts(stream_of, few, shards):
+    other = few(*(["a plain picture", f"number {i}"] for i in range(4)))
+    sources = {
+        "all": SourceConfig((str(shards),), texts_per_image=1),
+        "few": SourceConfig(other, weight=2.0, texts_per_image=0),
+    }
+    stream = stream_of(shards=(), sources=sources, micro_batch=7, tasks={"itc": TASKS["itc"]()})
+    assert stream.num_samples == 41 + 2 * 4
+    loaded = [*islice(load_batches(stream, 0), 7)]
+    seen = {name: sum(one.sources[name] for one in loaded) for name in sources}
+    assert seen == {"all": 41, "few": 8}
+    assert sum(len(one.batch.targets["itc"].rows) for one in loaded) == 41 + 2 * 8
