@@ -135,13 +135,13 @@ def _resident_growth(run: Run) -> float | None:
         (PROCESS / "clear_refs").write_text("5")
     except OSError:
         return None
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     run()
-    return round((_resident("VmHWM") - before) / 1e3, 1)
+    return round((resident("VmHWM") - before) / 1e3, 1)
 
 
-def _resident(which: str) -> float:
-    """Kilobytes of this process."""
+def resident(which: str) -> float:
+    """Kilobytes of this process: "VmRSS" is now, "VmHWM" the most so far."""
     found = re.search(rf"{which}:\s+(\d+) kB", (PROCESS / "status").read_text())
     assert found
     return 1.024 * int(found[1])

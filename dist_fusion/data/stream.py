@@ -109,14 +109,14 @@ class Stream(IterableDataset[Loaded]):
         contrast = plan.micro_batch * plan.world_size
         chunks = self._catalog.chunks()
         parts = np.searchsorted(chunks.first, [*self._firsts, len(self._catalog)])
-        self._order = Order(
+        self.order = Order(
             [
                 Source(Chunks(chunks.first[low:high], chunks.size[low:high]), source.weight)
                 for source, low, high in zip(self._sources.values(), parts, parts[1:], strict=False)
             ],
             contrast, plan.seed, config.shuffle_buffer,
         )  # fmt: skip
-        self.num_samples = self._order.num_samples if endless else len(self._catalog)
+        self.num_samples = self.order.num_samples if endless else len(self._catalog)
 
     def starting_at(self, start: int) -> "Stream":
         """The same stream from micro-step `start` on."""
@@ -131,7 +131,7 @@ class Stream(IterableDataset[Loaded]):
         low = self._plan.rank * self._plan.micro_batch
         slots = range(low, low + self._plan.micro_batch)
         reader = Reader()
-        windows = Windows(self._order, self._catalog, reader, slots, self._start, mine, workers)
+        windows = Windows(self.order, self._catalog, reader, slots, self._start, mine, workers)
         # As they lie, the last batch may be short, or empty: every rank takes the same number of steps.
         steps = count(self._start) if self._endless else range(self._start, -(-len(self._catalog) // contrast))
         for step in steps:
@@ -190,12 +190,13 @@ class Stream(IterableDataset[Loaded]):
     def _sample(self, position: int, record: Record, source: str) -> Sample:
         visit = f"{self._plan.seed}/{position}"
         own = self._sources[source].texts_per_image
+        tokens = {text: self._tokenizer(text) for text in record.texts}
         texts = drawn(record.texts, self._config.texts_per_image if own is None else own, f"{visit}/texts")
         return Sample(
             images=tuple(decode(image, self._image_size) for image in record.images),
             image_ids=tuple(content_id(f"image {name}") for name in record.image_ids),
-            texts=tuple(map(self._tokenizer, texts)),
-            captions=frozenset(self._tokenizer(text).content for text in record.texts),
+            texts=tuple(tokens[text] for text in texts),
+            captions=frozenset(text.content for text in tokens.values()),
             questions=tuple(
                 Question(str(q["id"]), self._tokenizer(q["question"]), q["answers"], q.get("kind", ""))
                 for q in record.questions

@@ -187,3 +187,20 @@ def test_several_processes_index_what_one_does(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "LARGE", 0)
     for one, other in zip(outlines(shards), alone, strict=True):
         assert one.begin.tolist() == other.begin.tolist() and one.supplies == other.supplies
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("key", ["a", "folder/a", "ä" * 30, "k" * 150])
+def test_any_kind_of_tar_with_any_names_is_read(tmp_path, kind, key):
+    if kind == tarfile.USTAR_FORMAT and len(key) > 100:
+        pytest.skip("no such names in this format")
+    with tarfile.open(tmp_path / "0.tar", "w", format=kind) as tar:
+        for name, data in good(key, "z"):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    shard = str(tmp_path / "0.tar")
+    found = outline(shard)
+    assert (keys_of(shard), found.damages) == ([key, "z"], ())
+    records = [parse(shard, Reader().read(shard, *place)) for place in zip(found.begin, found.end, strict=True)]
+    assert [(one.key, one.images) for one in records] == [(f"{shard}/{k}", (GOOD["jpg"],)) for k in (key, "z")]
