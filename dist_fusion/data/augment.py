@@ -32,7 +32,7 @@ def randaugment() -> Augmentation:
     return rand_augment_transform(STRENGTH, settings, list(OPERATIONS))
 
 
-AUGMENTATIONS: dict[str, Callable[[], Augmentation]] = {"none": lambda: lambda image: image, "randaugment": randaugment}
+AUGMENTATIONS: dict[str, Callable[[], Augmentation | None]] = {"none": lambda: None, "randaugment": randaugment}
 """Recipe word -> what makes the augmentation. Call it before loaders start, and they need not import timm each."""
 
 
@@ -42,8 +42,11 @@ def augment(image: Image.Image, kind: str, seed: str) -> Image.Image:
     Of one process one thread may augment: the libraries draw from Python's and numpy's global generators, which are
     left as they were.
     """
+    change = AUGMENTATIONS[kind]()
+    if change is None:
+        return image
     with _seeded(seed):
-        return AUGMENTATIONS[kind]()(image)
+        return change(image)
 
 
 @contextmanager

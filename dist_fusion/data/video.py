@@ -47,10 +47,11 @@ def find_ffmpeg() -> str | None:
     if system is not None:
         return system
     try:
-        import imageio_ffmpeg  # optional
-    except ImportError:
+        from imageio_ffmpeg import get_ffmpeg_exe  # optional
+
+        return str(get_ffmpeg_exe())
+    except (ImportError, RuntimeError):  # the package is not there, or was built without its binary
         return None
-    return str(imageio_ffmpeg.get_ffmpeg_exe())
 
 
 def first_frame(data: bytes) -> bytes:
