@@ -25,7 +25,11 @@ SHIFT = 100 / 640  # ViLT's 100 pixels at the most, as a share, since a decoded 
 
 @cache
 def randaugment() -> Augmentation:
-    """RandAugment as in ViLT (2 operations, magnitude 9 of 30), by timm; what comes into the picture is black."""
+    """RandAugment (arXiv:1909.13719) as in ViLT (arXiv:2102.03334): 2 operations, magnitude 9 of 30; by timm.
+
+    What comes into the picture is black, and its pixels are the nearest ones, as there. One difference: SolarizeAdd
+    brightens the darker half of the levels, where ViLT's code brightens all and then inverts the brighter half.
+    """
     from timm.data.auto_augment import rand_augment_transform  # takes seconds, and only those who augment need it
 
     settings = {"translate_pct": SHIFT, "img_mean": (0, 0, 0), "interpolation": Image.Resampling.NEAREST}

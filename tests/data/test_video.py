@@ -150,6 +150,12 @@ def test_ffmpeg_may_open_nothing_but_what_it_is_given(fake, tmp_path):
     assert "-f mov " in by_file and "-protocol_whitelist file " in by_file and "-i file:/" in by_file
 
 
+def test_what_ffmpeg_makes_must_be_a_picture(fake):
+    fake("echo no picture")
+    with pytest.raises(UnreadableImage):
+        read(PICTURE, 8)
+
+
 def test_an_ffmpeg_that_hangs_is_stopped(fake, tmp_path, monkeypatch):
     fake("exec sleep 60")
     monkeypatch.setattr("dist_fusion.data.video.SILENCE", 0.2)
