@@ -112,7 +112,7 @@ def _picture(data: bytes, size: int) -> _Picture:
     try:
         return _by_pillow(first_frame(data), size)._replace(plain=False)
     except (UnreadableVideo, UnidentifiedImageError) as error:
-        raise UnreadableImage(f"Pillow does not know it; {error}") from None
+        raise UnreadableImage(f"UnidentifiedImageError: Pillow does not know it; {error}") from None
 
 
 def _by_pillow(data: bytes, size: int) -> _Picture:
