@@ -11,22 +11,24 @@ from copy import copy
 from dataclasses import dataclass, field
 from itertools import accumulate, count
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dist_fusion.batch import Lays, PairBatch, Question, Sample, Statement, content_id, drawn
+from dist_fusion.data.augment import AUGMENTATIONS, augment
 from dist_fusion.data.catalog import Catalog
-from dist_fusion.data.images import UnreadableImage, decode
+from dist_fusion.data.images import UnreadableImage, pixels, read
 from dist_fusion.data.index import Damage, outlines, reasons
 from dist_fusion.data.order import Chunks, Order, Source
 from dist_fusion.data.record import Record, Unusable
 from dist_fusion.data.shards import Reader, find_shards, parse
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.data.windows import Run, Visit, Windows
-from dist_fusion.schema import UserError, section
+from dist_fusion.schema import UserError, one_of, section
 from dist_fusion.types import Batch
 
 REASONS = {True: "undecodable image", False: "cannot be read"}
@@ -59,6 +61,7 @@ class DataConfig:
     texts_per_image: int = 1  # drawn anew at every visit; 0 is all of them
     shuffle_buffer: int = 8192  # samples that are mixed at a time, on all ranks together
     pad_multiple: int = 8  # texts are padded to the longest of the micro-batch, rounded up to this
+    augment: Annotated[str, one_of(AUGMENTATIONS)] = "none"  # of pictures in training
     num_workers: int = 0  # loader processes a rank
     most_damaged: float = 0.01  # share of samples, or of shards, that may be unusable
 
@@ -96,6 +99,7 @@ class Stream(IterableDataset[Loaded]):
         self._image_size, self._plan, self._start, self._endless = image_size, plan, start, endless
         named = {"": SourceConfig(config.shards)} if config.shards or not config.sources else {}
         self._sources = {**named, **config.sources}
+        AUGMENTATIONS[config.augment]()  # its library is loaded once, before loader processes part
         shards = {name: find_shards(source.shards) for name, source in self._sources.items()}
         self._catalog = Catalog(outlines([shard for some in shards.values() for shard in some]), tasks)
         self.damages = self._catalog.damages
@@ -183,6 +187,11 @@ class Stream(IterableDataset[Loaded]):
             damages.append(self._damage(number, error))
             return None
 
+    def _pixels(self, data: bytes, seed: str) -> Tensor:
+        """A picture as both models see it; those that are scored are seen as they are."""
+        kind = self._config.augment if self._endless else "none"
+        return pixels(augment(read(data, self._image_size), kind, seed), self._image_size)
+
     def _damage(self, number: int, error: Exception) -> Damage:
         reason = error.reason if isinstance(error, Unusable) else REASONS[type(error) is UnreadableImage]
         return Damage(self._catalog.part(number).shard, self._catalog.key(number), reason, str(error))
@@ -193,7 +202,7 @@ class Stream(IterableDataset[Loaded]):
         tokens = {text: self._tokenizer(text) for text in record.texts}
         texts = drawn(record.texts, self._config.texts_per_image if own is None else own, f"{visit}/texts")
         return Sample(
-            images=tuple(decode(image, self._image_size) for image in record.images),
+            images=tuple(self._pixels(image, f"{visit}/image{n}") for n, image in enumerate(record.images)),
             image_ids=tuple(content_id(f"image {name}") for name in record.image_ids),
             texts=tuple(tokens[text] for text in texts),
             captions=frozenset(text.content for text in tokens.values()),

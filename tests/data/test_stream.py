@@ -329,3 +329,16 @@ def test_sources_are_visited_by_their_weights_with_their_own_number_of_texts(str
     seen = {name: sum(one.sources[name] for one in loaded) for name in sources}
     assert seen == {"all": 41, "few": 8}
     assert sum(len(one.batch.targets["itc"].rows) for one in loaded) == 41 + 2 * 8
+
+
+def test_pictures_are_augmented_in_training_alone_and_by_their_place(stream_of):
+    def pictures(stream):
+        return torch.cat([one.batch.images for one in islice(load_batches(stream, 0), 2)])
+
+    plain, seen = pictures(stream_of()), pictures(stream_of(augment="randaugment"))
+    assert not torch.equal(plain, seen)
+    assert torch.equal(seen, pictures(stream_of(augment="randaugment")))
+    halves = [[*islice(stream_of(r, 2, augment="randaugment"), 2)] for r in range(2)]
+    assert torch.equal(seen, torch.cat([halves[r][step].batch.images for step in range(2) for r in range(2)]))
+    scored = pictures(stream_of(endless=False, augment="randaugment"))
+    assert torch.equal(scored, pictures(stream_of(endless=False)))
