@@ -239,6 +239,7 @@ def check(config: Config) -> None:
             if name in LIMITS
         ),
         *((f"teachers.{i}.weight", teacher.weight, 1e-6, inf) for i, teacher in enumerate(config.teachers)),
+        *((f"data.sources.{name}.weight", one.weight, 1e-6, inf) for name, one in config.data.sources.items()),
         *((f"optimizer.multipliers.{prefix}", of, 1e-6, 1e6) for prefix, of in config.optimizer.multipliers.items()),
         ("optimizer.warmup", config.optimizer.warmup, 0, 1),
         ("model.dropout", model.dropout, 0, 0.99),
@@ -250,6 +251,7 @@ def check(config: Config) -> None:
         ("data.texts_per_image", config.data.texts_per_image, 0, inf),
         ("data.shuffle_buffer", config.data.shuffle_buffer, 1, inf),
         ("data.num_workers", config.data.num_workers, 0, inf),
+        ("data.most_damaged", config.data.most_damaged, 0, 1),
         ("tasks.mlm.probability", config.tasks.mlm.probability if config.tasks.mlm else 1, 0, 1),
         ("tasks.itc.dimensions", config.tasks.itc.dimensions if config.tasks.itc else 1, 1, inf),
     ):

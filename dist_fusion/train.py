@@ -24,6 +24,7 @@ from torch import nn
 
 from dist_fusion import checkpoint, distributed
 from dist_fusion.config import Config, dump, load
+from dist_fusion.data.remote import is_remote
 from dist_fusion.data.shards import find_shards
 from dist_fusion.data.stream import Plan, Stream, load_batches
 from dist_fusion.data.text import Tokenizer
@@ -219,9 +220,10 @@ def describe(config: Config, ranks: int) -> tuple[str, list[str]]:
     with _noting(lacking):
         teachers = build_teachers(config, card, torch.device("cpu"))
     shards: list[str] = []
-    for folders in (config.data.shards, config.data.dev):
+    of_sources = [shard for source in config.data.sources.values() for shard in source.shards]
+    for folders in (config.data.shards, of_sources, config.data.dev):
         with _noting(lacking):
-            shards += find_shards(folders)
+            shards += find_shards([name for name in folders if not is_remote(name)])
     facts = measure(config, card, ranks, teachers)
     return (
         f"{dump(config)}\nDeepSpeed, {ranks} ranks:\n{json.dumps(ds_config(config, ranks), indent=2)}\n\n"

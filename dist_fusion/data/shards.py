@@ -1,7 +1,4 @@
-"""Tars of samples, as users name them and as they are read and written.
-
-Only plain local files are opened: never a command (`pipe:`), never an address.
-"""
+"""Tars of samples, as users name them and as they are read and written: local files, or local copies of others."""
 
 import errno
 import io
@@ -16,6 +13,7 @@ import webdataset as wds
 
 from dist_fusion.data.index import outlines, reasons, split_name
 from dist_fusion.data.record import Record, Unusable, record
+from dist_fusion.data.remote import fetched, is_remote
 from dist_fusion.schema import UserError
 
 PAUSES = (0.1, 1.0, 5.0)
@@ -25,17 +23,22 @@ MOST_OPEN = 32
 """Shards that are kept open."""
 
 
-def find_shards(folders: Sequence[str]) -> list[str]:
+def find_shards(folders: Sequence[str], *, cache: str = "", trust: bool = False) -> list[str]:
     """Every tar of `folders` (or the tars themselves) in the order of their names, by absolute paths.
 
+    Those at addresses are first brought into `cache`; commands are run if they are to be trusted.
+
     Raises:
-        UserError: where there is no such folder, or it has no tar.
+        UserError: where there is no such folder, it has no tar, or one cannot be had or may not be.
     """
     shards: list[Path] = []
     for name in folders:
+        if is_remote(name):
+            shards += fetched([name], Path(cache), trust=trust)
+            continue
         if ":" in name.split("/")[0]:
             raise UserError(
-                f"data.shards has {name!r}; a shard must be a local file: commands and addresses are not opened"
+                f"data.shards has {name!r}; a shard is a local path, an http address, or a trusted command (pipe:…)"
             )
         path = Path(name)
         found = [path] if path.is_file() else sorted(path.glob("*.tar"))

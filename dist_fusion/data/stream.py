@@ -63,6 +63,8 @@ class DataConfig:
     pad_multiple: int = 8  # texts are padded to the longest of the micro-batch, rounded up to this
     augment: Annotated[str, one_of(AUGMENTATIONS)] = "none"  # of pictures in training
     num_workers: int = 0  # loader processes a rank
+    cache: str = ""  # folder for copies of shards that are addresses
+    trust_shards: bool = False  # run the commands (`pipe:…`) among the shards
     most_damaged: float = 0.01  # share of samples, or of shards, that may be unusable
 
     def __post_init__(self) -> None:
@@ -100,7 +102,10 @@ class Stream(IterableDataset[Loaded]):
         named = {"": SourceConfig(config.shards)} if config.shards or not config.sources else {}
         self._sources = {**named, **config.sources}
         AUGMENTATIONS[config.augment]()  # its library is loaded once, before loader processes part
-        shards = {name: find_shards(source.shards) for name, source in self._sources.items()}
+        shards = {
+            name: find_shards(source.shards, cache=config.cache, trust=config.trust_shards)
+            for name, source in self._sources.items()
+        }
         self._catalog = Catalog(outlines([shard for some in shards.values() for shard in some]), tasks)
         self.damages = self._catalog.damages
         _check_damage(config, self._catalog)

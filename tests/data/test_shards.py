@@ -137,13 +137,20 @@ def test_a_tar_that_is_named_like_a_command_is_read_and_never_run(tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "name", ["pipe:touch made.tar", "http://host/0.tar", "https://host/{0..9}.tar", "s3://bucket/0.tar", "file:0.tar"]
+    ("name", "instead"),
+    [
+        ("pipe:touch made.tar", "set data.trust_shards=true"),
+        ("http://host/0.tar", "set data.cache"),
+        ("https://host/{0..9}.tar", "set data.cache"),
+        ("s3://bucket/0.tar", "a shard is a local path"),
+        ("file:0.tar", "a shard is a local path"),
+    ],
 )
-def test_a_command_or_address_is_refused(tmp_path, monkeypatch, name):
+def test_a_command_or_address_is_refused_unless_a_recipe_says_how(tmp_path, monkeypatch, name, instead):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         find_shards([name])
-    assert repr(name) in str(error.value) and "must be a local file" in str(error.value)
+    assert repr(name) in str(error.value) and instead in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
