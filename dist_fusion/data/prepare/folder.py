@@ -33,7 +33,7 @@ def plan(source: Path, options: Options) -> Plan:
                 raise UserError(f"{where}: {options.image_column} and {options.text_column} must be text")
             captions.setdefault((split, image), []).extend(texts)
         for (split, image), texts in captions.items():
-            yield from captioned(split, (Picture((image,)),), image, source.name, texts)
+            yield from captioned(split, (Picture((image,)),), image, source.resolve().name, texts)
 
     return Plan(items, (table,))
 
@@ -59,7 +59,7 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for row in reader:
                 yield reader.line_num, row
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{table}, line {reader.line_num} cannot be read: {error}") from None
+            raise UserError(f"{table}, line {reader.reader.line_num} cannot be read: {error}") from None
 
 
 def _cell(row: dict[str, Any], column: str, where: str) -> Any:

@@ -15,9 +15,10 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from dist_fusion.data.images import UnreadableImage
-from dist_fusion.data.prepare.pictures import EXTENSION, encoded, read_picture
+from dist_fusion.data.images import UnreadableImage, extension
+from dist_fusion.data.prepare.pictures import read_frames, read_picture
 from dist_fusion.data.prepare.plan import MISSING, UNDECODABLE, Planned, Skip
+from dist_fusion.data.video import UnreadableVideo
 
 PLACES = {1: ("",), 2: ("left.", "right."), 3: ("left.", "middle.", "right.")}
 """How the images of a sample are told apart, in the order of their names, by how many they are."""
@@ -114,24 +115,18 @@ def _samples(
     record = dict(planned.record)
     try:
         if planned.frames:
-            for number, image in enumerate(_frames(job, planned)):
+            (video,) = planned.images
+            frames = list(read_frames(job.source, video, planned.frames, job.short_side))  # all, or none if it breaks
+            for number, image in enumerate(frames):
                 yield f"{key}-{number:04d}", {"jpg": image}, {**record, "image_id": f"{record['image_id']}#{number}"}
         else:
             images = [read_picture(job.source, picture, job.short_side) for picture in planned.images]
             places = zip(PLACES[len(images)], images, strict=True)
-            yield key, {f"{place}{EXTENSION[image[:2]]}": image for place, image in places}, record
+            yield key, {f"{place}{extension(image)}": image for place, image in places}, record
     except FileNotFoundError as error:
         skipped.append(Skip(planned.split, MISSING, f"{record['image_id']}: {error}"))
-    except UnreadableImage as error:
+    except (UnreadableImage, UnreadableVideo) as error:
         skipped.append(Skip(planned.split, UNDECODABLE, f"{record['image_id']}: {error}"))
-
-
-def _frames(job: Job, planned: Planned) -> Iterator[bytes]:
-    from dist_fusion.data.images import frames  # type: ignore[attr-defined]
-
-    (picture,) = planned.images
-    for image in frames(job.source / picture.places[0], planned.frames):
-        yield encoded(image, job.short_side)
 
 
 def _digest(path: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dist_fusion.data.prepare.plan import Options, Picture, Plan, Planned, Skip, captioned
 from dist_fusion.data.prepare.sources import in_form, listed_files
+from dist_fusion.data.video import find_ffmpeg
 from dist_fusion.schema import UserError
 
 EXTENSIONS = (".mp4", ".webm", ".mkv", ".mov", ".avi")
@@ -16,6 +17,8 @@ EXTENSIONS = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 
 def plan(source: Path, options: Options) -> Plan:
     """`options.frames` samples a video, in the order of the videos' names; all are train."""
+    if find_ffmpeg() is None:
+        raise UserError("videos need ffmpeg: install the system's, or the package imageio-ffmpeg")
     videos = [path for path in listed_files(source) if path.suffix.lower() in EXTENSIONS]
     if not videos:
         raise UserError(f"{source} has no video; it should have some of {', '.join(EXTENSIONS)}")
@@ -24,7 +27,7 @@ def plan(source: Path, options: Options) -> Plan:
     def items() -> Iterator[Planned | Skip]:
         for video in videos:
             place = str(video.relative_to(source))
-            for item in captioned("train", (Picture((place,)),), place, source.name, captions[video]):
+            for item in captioned("train", (Picture((place,)),), place, source.resolve().name, captions[video]):
                 yield item._replace(frames=options.frames) if isinstance(item, Planned) else item
 
     sidecars = (video.with_suffix(suffix) for video in videos for suffix in (".txt", ".json"))
