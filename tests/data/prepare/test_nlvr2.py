@@ -19,7 +19,7 @@ def source(tmp_path):
     folder = tmp_path / "nlvr2"
     put_lines(
         folder / "nlvr2" / "data" / "train.json",
-        [row("train-10171-0-0", "True", "Both show a dog.", 31), row("train-10171-1-0", "False", "Both show a dog.", 32),
+        [row("train-10171-0-0", "True", "Two dogs.", 31), row("train-10171-1-0", "False", "Two dogs.", 32),
          row("train-10171-0-1", "False", "No  dog.", 31)],
     )  # fmt: skip
     put_lines(folder / "nlvr2" / "data" / "dev.json", [row("dev-850-0-0", "False", "One dog.")])
@@ -36,7 +36,7 @@ def test_a_pair_is_one_sample_with_all_its_sentences_grouped_over_the_pairs_of_a
     records = read(tmp_path / "shards", "train")
     first, second = records["nlvr2/train-10171-0"], records["nlvr2/train-10171-1"]
     assert [(s["id"], s["text"], s["label"]) for s in first.statements] == [
-        ("train-10171-0-0", "Both show a dog.", "True"), ("train-10171-0-1", "No dog.", "False"),
+        ("train-10171-0-0", "Two dogs.", "True"), ("train-10171-0-1", "No dog.", "False"),
     ]  # fmt: skip
     assert first.images == (picture(0), picture(1, form="PNG"))
     assert first.statements[0]["group"] == second.statements[0]["group"] != first.statements[1]["group"]
