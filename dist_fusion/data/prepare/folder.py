@@ -57,6 +57,9 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         reader = csv.DictReader(file, delimiter="\t" if table.suffix == ".tsv" else ",", strict=True)
         try:
             for row in reader:
+                if None in row:
+                    where = f"{table}, line {reader.line_num}"
+                    raise UserError(f"{where} has more cells than the heading; quote a caption that has a comma")
                 yield reader.line_num, row
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{table}, line {reader.reader.line_num} cannot be read: {error}") from None

@@ -16,7 +16,7 @@ from dataclasses import asdict, fields
 from hashlib import file_digest
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -31,13 +31,6 @@ AHEAD = 2
 """Jobs a worker that wait for it, so that a plan of millions is never in memory."""
 
 
-class Survey(NamedTuple):
-    """What a plan comes to, before any image is read."""
-
-    samples: dict[str, int]  # split -> how many are planned
-    probed: dict[str, list[Planned]]
-
-
 def prepare(name: str, folders: Sequence[Path], options: Options, workers: int) -> str:
     """Make the shards of a data set; returns what was made, as text.
 
@@ -49,9 +42,9 @@ def prepare(name: str, folders: Sequence[Path], options: Options, workers: int) 
         return f"{row.make(folders[0])}\n"
     source, target = folders
     plan = row.plan(source, options)
-    survey = _survey(plan, options, source)
-    _claim(target, _identity(name, plan, options, survey))
-    summary = _make(name, source, target, plan, options, survey, workers)
+    sizes = _survey(plan, options, source)
+    _claim(target, _identity(name, source, plan, options, sizes))
+    summary = _make(name, source, target, plan, options, sizes, workers)
     with replacing(target / "prepare.json") as file:
         file.write(f"{json.dumps(summary, indent=2)}\n".encode())
     return _as_text(summary, target)
@@ -76,8 +69,8 @@ def _row(name: str, folders: Sequence[Path], options: Options) -> DataSet | Inst
     return row
 
 
-def _survey(plan: Plan, options: Options, source: Path) -> Survey:
-    """Goes through the whole plan once, so that what is wrong with it is told before the work."""
+def _survey(plan: Plan, options: Options, source: Path) -> dict[str, int]:
+    """How many samples a split has. Goes through the whole plan, so that what is wrong is told before the work."""
     samples, probed = Counter[str](), {split: list[Planned]() for split in SPLITS}
     for item in plan.items():
         if isinstance(item, Planned) and options.wants(item.split):
@@ -93,16 +86,17 @@ def _survey(plan: Plan, options: Options, source: Path) -> Survey:
                 f"none of the first {len(places)} images of {split} is under {source}; the first one was looked for at "
                 f"{', '.join(places[0][:4])}"
             )
-    return Survey({split: samples[split] for split in SPLITS if samples[split]}, probed)
+    return {split: samples[split] for split in SPLITS if samples[split]}
 
 
-def _identity(name: str, plan: Plan, options: Options, survey: Survey) -> dict[str, Any]:
+def _identity(name: str, source: Path, plan: Plan, options: Options, sizes: Mapping[str, int]) -> dict[str, Any]:
     """What makes one prepare another: two of the same identity write the same bytes."""
     inputs = {}
     for path in plan.inputs:
         with path.open("rb") as file:
-            inputs[path.name] = file_digest(file, "sha256").hexdigest()
-    return {"name": name, "options": asdict(options), "planned": survey.samples, "inputs": inputs}
+            place = path.relative_to(source) if path.is_relative_to(source) else path
+            inputs[str(place)] = file_digest(file, "sha256").hexdigest()
+    return {"name": name, "options": asdict(options), "planned": sizes, "inputs": inputs}
 
 
 def _claim(target: Path, identity: Mapping[str, Any]) -> None:
@@ -126,12 +120,12 @@ def _claim(target: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _make(
-    name: str, source: Path, target: Path, plan: Plan, options: Options, survey: Survey, workers: int
+    name: str, source: Path, target: Path, plan: Plan, options: Options, sizes: Mapping[str, int], workers: int
 ) -> dict[str, Any]:
     """All shards, `skipped.jsonl` and the plan's files; returns what prepare.json says."""
-    for split in survey.samples:
+    for split in sizes:
         (target / split).mkdir(exist_ok=True)
-    counts: dict[str, dict[str, Counter[str]]] = {split: {} for split in survey.samples}
+    counts: dict[str, dict[str, Counter[str]]] = {split: {} for split in sizes}
     reasons, shards = Counter[str](), Counter[str]()
     with replacing(target / "skipped.jsonl") as skipped:
 
@@ -141,7 +135,7 @@ def _make(
                 skipped.write(f"{json.dumps(item._asdict())}\n".encode())
 
         jobs = _jobs(plan, options, source, target, skip)
-        with tqdm(total=sum(survey.samples.values()), desc=name, unit=" samples", mininterval=1) as progress:
+        with tqdm(total=sum(sizes.values()), desc=name, unit=" samples", mininterval=1) as progress:
             for job, report in _in_order(make_shard, jobs, workers):
                 split = job.path.parent.name
                 shards[split] += report.size > 0
@@ -158,7 +152,7 @@ def _make(
     return {
         "name": name,
         "counts": {split: {of: dict(count) for of, count in by.items()} for split, by in counts.items()},
-        "shards": {split: shards[split] for split in survey.samples},
+        "shards": {split: shards[split] for split in sizes},
         "skipped": dict(sorted(reasons.items())),
         **plan.notes,
     }

@@ -30,7 +30,7 @@ def in_form(path: Path, form: str) -> Iterator[None]:
     except UserError:
         raise
     except KeyError as error:
-        raise UserError(f"{path} is not in the form of {form}: an entry lacks {error}") from None
+        raise UserError(f"{path} is not in the form of {form}: {error} is missing or unknown") from None
     except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} is not in the form of {form}: {type(error).__name__}: {error}") from None
 
@@ -43,7 +43,7 @@ def read_json(path: Path, form: str, slim: Callable[[dict[str, Any]], Any] | Non
 
 def read_lines(path: Path, form: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSON-lines file, each with the number of its line, from 1."""
-    with path.open(encoding="utf-8") as file:
+    with in_form(path, form), path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -4,8 +4,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from dist_fusion.data import easy_forms, easy_vqa
-from dist_fusion.data.prepare import coco, flickr30k, folder, nlvr, nlvr2, snli_ve, vg, video, vqav2, web
+from dist_fusion.data.prepare import (
+    coco,
+    easy_forms,
+    easy_vqa,
+    flickr30k,
+    folder,
+    nlvr,
+    nlvr2,
+    snli_ve,
+    vg,
+    video,
+    vqav2,
+    web,
+)
 from dist_fusion.data.prepare.plan import Options, Plan
 
 
@@ -40,14 +52,12 @@ PREPARE: dict[str, DataSet | Installed] = {
     "snli-ve": DataSet(snli_ve.plan, "snli_ve_{train,dev,test}.jsonl; flickr30k-images/"),
     "flickr30k": DataSet(flickr30k.plan, "dataset_flickr30k.json (Karpathy); flickr30k-images/"),
     "nlvr": DataSet(nlvr.plan, "{train,dev,test}/*.json and their images/ (the first NLVR)", ("images",)),
-    "folder": DataSet(
-        folder.plan, "your images and captions.csv, .tsv or .jsonl", ("image_column", "text_column")
-    ),
+    "folder": DataSet(folder.plan, "your images and captions.csv, .tsv or .jsonl", ("image_column", "text_column")),
     "video": DataSet(video.plan, "your videos, captions beside each in .txt or .json", ("frames",)),
     "easy-vqa": Installed(easy_vqa.prepare, "coloured shapes with questions: the demo's"),
     "easy-nlvr2": Installed(easy_forms.prepare_nlvr2, "their facts in the form of NLVR2"),
     "easy-snli-ve": Installed(easy_forms.prepare_snli_ve, "their facts in the form of SNLI-VE"),
-}  # fmt: skip
+}
 """Data sets by name."""
 
 

@@ -59,6 +59,7 @@ def plan(source: Path, options: Options) -> Plan:
             yield from _image("test", image, "test2015", asked, {}, known)
 
     inputs = [*question_files.values(), *answer_files.values(), *([test] if test else [])]
+    inputs += [Path(options.answers)] if options.answers else []
     return Plan(
         items,
         tuple(inputs),

@@ -8,7 +8,7 @@ whose names fit no rule, or a numbering that starts at 1, is refused.
 import json
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import md5, sha1, sha256
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,10 +102,11 @@ def _find_naming(part: Part, files: Mapping[str, str]) -> str:
             f"no file of {part.images} is named after one of the first {len(rows)} rows of {part.inputs[0].name}; "
             "names can be the row's number from 0, or md5, sha1 or sha256 of the address in hexadecimal"
         )
-    if best == "row" and str(sum(1 for _ in part.rows())) in files:
+    beyond = files.get(str(sum(1 for _ in part.rows())))
+    if best == "row" and beyond:
         raise UserError(
-            f"{part.images} has an image numbered {files[str(sum(1 for _ in part.rows()))]!r}, one more than the last "
-            "row counted from 0; say --named row-from-1 if images are numbered from 1, or --named row if not"
+            f"{part.images} has {beyond}, whose number is one more than the last row's counted from 0; say --named "
+            "row-from-1 if images are numbered from 1, or --named row if not"
         )
     return best
 
@@ -123,7 +124,7 @@ def _reader(path: Path) -> Callable[[], Iterator[Row]]:
     """Captions and addresses of a TSV, in whichever order; a first line without an address is its heading."""
 
     def rows() -> Iterator[Row]:
-        with path.open(encoding="utf-8") as file:
+        with in_form(path, "captions and addresses with tabs between"), path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 cells = line.rstrip("\r\n").split("\t")
                 place = next((i for i in (1, 0) if len(cells) > 1 and cells[i].startswith(("http:", "https:"))), None)
@@ -138,12 +139,12 @@ def _reader(path: Path) -> Callable[[], Iterator[Row]]:
 
 
 def _lines(captions: Path, addresses: Path) -> Iterator[Row]:
-    with captions.open(encoding="utf-8") as said, addresses.open(encoding="utf-8") as where:
-        try:
-            for caption, address in zip(said, where, strict=True):
-                yield caption.rstrip("\r\n"), address.strip()
-        except ValueError:
-            raise UserError(f"{captions} and {addresses} have not the same number of lines; copy them again") from None
+    form = "SBU's text files"
+    with in_form(captions, form), captions.open(encoding="utf-8") as said, addresses.open(encoding="utf-8") as where:
+        for caption, address in zip_longest(said, where):
+            if caption is None or address is None:
+                raise UserError(f"{captions} and {addresses} have not the same number of lines; copy them again")
+            yield caption.rstrip("\r\n"), address.strip()
 
 
 def _sbu_json(path: Path) -> Callable[[], Iterator[Row]]:

@@ -41,6 +41,8 @@ def test_json_lines_may_have_many_captions_a_line_and_other_names_of_columns(sou
         ("captions.jsonl", '{"image": "a.jpg", "caption": "x"}\n', "none of the first 1 images of train is under"),
         ("captions.txt", "x", r"must have one table of captions, .*found none"),
         ("captions.csv", "image,caption\n", "has no sample"),
+        ("captions.csv", "image,caption\npictures/0.jpg,a dog, a cat\n", "line 2 has more cells than the heading"),
+        ("captions.jsonl", b'{"image": "a.jpg", "caption": "\xff"}\n', "is not in the form of one caption a"),
     ],
 )  # fmt: skip
 def test_a_wrong_table_is_told_with_its_line_before_anything_is_made(source, tmp_path, name, content, message):
