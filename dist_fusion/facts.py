@@ -4,7 +4,8 @@ The student and its teacher run as they are, on tensors without data, over one m
 the recipe allows. So a new task, head, fusion or teacher is counted without a word here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from random import Random
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dist_fusion.batch import PairBatch, Question, Sample, Statement, Text
 from dist_fusion.config import Config
@@ -72,13 +73,6 @@ def measure(config: Config, card: ModelCard, ranks: int, teachers: Sequence[Teac
     shards = sharding(ds_config(config, ranks))
     laid = longest_batch(config, card, samples)
     rows = row_weights([laid], tasks)
-    kept: dict[StorageWeakRef, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[StorageWeakRef(storage)] = storage.nbytes()
-        return tensor
-
     with torch.device("meta"):
         student = build_model(card).to(shards.dtype)
     set_execution(student, activation_checkpointing=config.activation_checkpointing, compile=False)
@@ -88,16 +82,14 @@ def measure(config: Config, card: ModelCard, ranks: int, teachers: Sequence[Teac
         lessons: list[Lesson] = []
         taught: dict[str, Part] = {}
         for teacher in teachers:
-            with _counter() as counts, torch.no_grad():
+            with flop_counter() as counts, torch.no_grad():
                 output = teacher.model(batch)
             lessons.append(Lesson(output, teacher.weight, teacher.soft, teacher.head_map))
             for name, part in _parts(teacher.model, counts, samples).items():
                 known = taught.get(name, Part(0, 0.0))
                 taught[name] = Part(known.parameters + part.parameters, known.multiply_adds + part.multiply_adds)
-        with _counter() as counts, saved_tensors_hooks(keep, lambda tensor: tensor):
+        with flop_counter() as counts, kept_for_backward() as kept:
             objective(config.distill, tasks, batch, student(batch), lessons, rows)
-    for parameter in student.parameters():
-        kept.pop(StorageWeakRef(parameter.untyped_storage()), None)
     own = _parts(student, counts, samples)
     rows_of = {"images": laid.images, "texts": laid.text_ids, "pairs": laid.pairs}
     counted = ", ".join(f"{name} {len(part) / samples:.3g}" for name, part in rows_of.items())
@@ -106,7 +98,7 @@ def measure(config: Config, card: ModelCard, ranks: int, teachers: Sequence[Teac
         teacher=taught,
         memory=static_memory(shards, sum(part.parameters for part in own.values()), ranks)._replace(
             teacher=float(sum(_bytes(*both, shards.dtype) for both in zip(teachers, config.teachers, strict=True))),
-            activations=float(sum(kept.values())),
+            activations=float(kept_bytes(kept, student)),
         ),
         sharding=shards,
         shape=f"{counted}, {laid.text_ids.shape[1]} tokens a text",
@@ -172,14 +164,42 @@ def _longest_text(config: Config, words: int, draw: Random) -> Text:
     return Text((0, *(draw.randrange(words) for _ in inner), 0), (None, *inner, None))
 
 
-def _counter() -> FlopCounterMode:
-    """Counts every operation, and the attention of CPUs, by which tensors without data attend."""
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={attention: _attention})
+@contextmanager
+def kept_for_backward() -> Iterator[dict[StorageWeakRef, int]]:
+    """The memory that autograd keeps of what is computed inside, parameters included: bytes by storage."""
+    kept: dict[StorageWeakRef, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[StorageWeakRef(storage)] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def kept_bytes(kept: Mapping[StorageWeakRef, int], model: nn.Module) -> int:
+    """Of what `kept_for_backward` saw, without the parameters of `model`."""
+    parameters = {StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()}
+    return sum(size for storage, size in kept.items() if storage not in parameters)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts every operation, and the attention of CPUs, by which tensors without data attend, and its backward."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return FlopCounterMode(display=False, custom_mapping={forward: _attention, backward: _attention_backward})
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
     operations: int = sdpa_flop_count(query, key, value)
+    return operations
+
+
+def _attention_backward(
+    gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+) -> int:
+    operations: int = sdpa_backward_flop_count(gradient, query, key, value)
     return operations
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,14 @@ from dist_fusion.models.heads import Features
 from dist_fusion.models.layouts import LAYOUTS, read
 from dist_fusion.models.vilt import Vilt
 from dist_fusion.types import Batch, HeadSpec, Output
+
+
+class Raster(NamedTuple):
+    """What the peer says of P pairs, text tokens first and then image tokens in raster order."""
+
+    pooled: Tensor  # [P, D]
+    tokens: Tensor  # [P, L + N, D]
+    maps: tuple[Tensor, ...]  # of every block, [P, H, L + N, L + N]
 
 
 class Peer(nn.Module):
@@ -37,27 +46,40 @@ class Peer(nn.Module):
                 parameter.add_(0.02 * torch.randn_like(parameter))
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Logits of every head; the attention maps, which distillation would read, are computed for all blocks."""
+    def forward(self, batch: Batch, maps: bool = True) -> dict[str, Tensor]:
+        """Logits of every head; with `maps` the attention of all blocks, which distillation would read, is kept."""
         images = batch.images
         said = self.model(
             input_ids=batch.text_ids,
             attention_mask=batch.text_mask.long(),
             pixel_values=images,
             pixel_mask=batch.text_ids.new_ones(()).expand(len(images), *images.shape[2:]),
-            output_attentions=True,
+            output_attentions=maps,
         )
         features = Features(said.pooler_output, said.last_hidden_state[:, : batch.text_ids.shape[1]])
         return {task: head(features, batch.targets[task].rows) for task, head in self.heads.items()}
 
-    @torch.inference_mode()
-    def last_queries_and_keys(self, batch: Batch) -> dict[str, Tensor]:
-        """`query` and `key` of the last block, [P, L + N, D] each.
+    def on_raster(self, images: Tensor, text_ids: Tensor, text_mask: Tensor, *, maps: bool = False) -> Raster:
+        """What the model makes of images [P, 3, h, w] and texts [P, L]; attention maps only if asked for.
 
-        On pixels the model shuffles the patches at every call, which changes no logit; so here it is given image
-        embeddings, in raster order.
+        On pixels the model shuffles the patches at every call, which changes no logit, and every attention map; so it
+        is given image embeddings.
         """
         embed = self.model.embeddings
+        patches = embed.patch_embeddings(images).flatten(2).transpose(1, 2)
+        image = torch.cat([embed.cls_token.expand(len(patches), -1, -1), patches], 1) + embed.position_embeddings
+        said = self.model(
+            input_ids=text_ids,
+            attention_mask=text_mask.long(),
+            image_embeds=image,
+            pixel_mask=text_ids.new_ones(image.shape[:2]),
+            output_attentions=maps,
+        )
+        return Raster(said.pooler_output, said.last_hidden_state, said.attentions or ())
+
+    @torch.inference_mode()
+    def last_queries_and_keys(self, batch: Batch) -> dict[str, Tensor]:
+        """`query` and `key` of the last block, [P, L + N, D] each, image tokens in raster order."""
         attention = self.model.get_submodule(
             f"encoder.layer.{self.model.config.num_hidden_layers - 1}.attention.attention"
         )
@@ -66,14 +88,7 @@ class Peer(nn.Module):
             getattr(attention, name).register_forward_hook(lambda _, given, out, name=name: taken.update({name: out}))
             for name in ("query", "key")
         ]
-        patches = embed.patch_embeddings(batch.images).flatten(2).transpose(1, 2)
-        image = torch.cat([embed.cls_token.expand(len(patches), -1, -1), patches], 1) + embed.position_embeddings
-        self.model(
-            input_ids=batch.text_ids,
-            attention_mask=batch.text_mask.long(),
-            image_embeds=image,
-            pixel_mask=batch.text_ids.new_ones(image.shape[:2]),
-        )
+        self.on_raster(batch.images, batch.text_ids, batch.text_mask)
         for hook in hooks:
             hook.remove()
         return taken

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dist_fusion.bench import kernels, teacher
+from dist_fusion.bench import inference, kernels, roofline, step, teacher
 from dist_fusion.checkpoint import versions
 from dist_fusion.schema import UserError, nearest
 
@@ -24,7 +24,13 @@ class Line(Protocol):
     def _asdict(self) -> dict[str, Any]: ...  # for the file
 
 
-BENCHES: dict[str, Callable[[torch.device, bool], Iterator[Line]]] = {"kernels": kernels.rows, "teacher": teacher.rows}
+BENCHES: dict[str, Callable[[torch.device, bool], Iterator[Line]]] = {
+    "kernels": kernels.rows,
+    "teacher": teacher.rows,
+    "step": step.rows,
+    "inference": inference.rows,
+    "roofline": roofline.rows,
+}
 """Benches by name: (device, quick) -> rows. Quick ones show that all runs, at sizes whose times say nothing."""
 DEVICES = ("cpu", "cuda")
 THREADS = 2

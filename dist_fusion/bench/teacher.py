@@ -6,22 +6,20 @@ queries and keys; transformers shows attention maps, of all blocks or of none.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from random import Random
 
 import torch
 import transformers
 
-from dist_fusion.batch import PairBatch, Sample, Text, answers_to
+from dist_fusion.batch import PairBatch, answers_to
+from dist_fusion.bench.captions import VOCABULARY, captioned
 from dist_fusion.bench.hugging_face import Peer, build_pair, check_agreement
 from dist_fusion.bench.timing import Contest, Row, Run, compare
 from dist_fusion.models.config import ModelConfig
 from dist_fusion.models.heads import READ_TOKENS
 from dist_fusion.models.teachers import Teacher, teach
 from dist_fusion.models.vilt import Vilt
-from dist_fusion.types import Batch, HeadSpec, Output, Vocabulary, to_device
+from dist_fusion.types import Batch, HeadSpec, Output, to_device
 
-VOCABULARY = Vocabulary(30522, 0, 101, 102, 103)
-CAPTION = (10, 15)  # tokens, [CLS] and [SEP] included
 HEADS = {"itm": HeadSpec("linear", 2), "mlm": HeadSpec("token", VOCABULARY.size)}
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far outputs may be from transformers' in fp32; the norms' epsilons differ (1e-6 and 1e-12)."""
@@ -145,15 +143,10 @@ def bare_products(case: Case, size: Size, text_tokens: int, device: torch.device
 
 def captions(size: Size, pad_multiple: int) -> Batch:
     """Random images, each with a caption of its own whose words 1 and 2 are to be told; the same for every padding."""
-    draw, pixels = Random(0), torch.Generator().manual_seed(0)
     side = size.model.image_size
     batch = PairBatch(VOCABULARY, side, size.model.max_text_length, pad_multiple)
-    for n in range(size.pairs):
-        words = tuple(draw.randrange(1000, 30000) for _ in range(draw.randint(*CAPTION) - 2))
-        text = Text((VOCABULARY.cls, *words, VOCABULARY.sep), (None, *range(len(words)), None))
-        image = torch.randn(3, side, side, generator=pixels)
-        sample = Sample((image,), (n,), (text,), frozenset({text.content}), (), (), n, str(n))
-        batch.pair(sample, batch.image(sample), batch.text(text), attention=1.0)
+    for sample in captioned(size.pairs, side):
+        batch.pair(sample, batch.image(sample), batch.text(sample.texts[0]), attention=1.0)
     zeros = torch.zeros(2 * size.pairs, dtype=torch.int64)
     batch.ask("itm", answers_to([(n,) for n in range(size.pairs)], 1, zeros[: size.pairs]))
     batch.ask("mlm", answers_to([(n, place) for n in range(size.pairs) for place in (1, 2)], 2, zeros))

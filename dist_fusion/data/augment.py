@@ -25,14 +25,18 @@ SHIFT = 100 / 640  # ViLT's 100 pixels at the most, as a share, since a decoded 
 
 @cache
 def randaugment() -> Augmentation:
-    """RandAugment as in ViLT (2 operations, magnitude 9 of 30), by timm; what comes into the picture is black."""
+    """RandAugment (arXiv:1909.13719) as in ViLT (arXiv:2102.03334): 2 operations, magnitude 9 of 30; by timm.
+
+    What comes into the picture is black, and its pixels are the nearest ones, as there. One difference: SolarizeAdd
+    brightens the darker half of the levels, where ViLT's code brightens all and then inverts the brighter half.
+    """
     from timm.data.auto_augment import rand_augment_transform  # takes seconds, and only those who augment need it
 
     settings = {"translate_pct": SHIFT, "img_mean": (0, 0, 0), "interpolation": Image.Resampling.NEAREST}
     return rand_augment_transform(STRENGTH, settings, list(OPERATIONS))
 
 
-AUGMENTATIONS: dict[str, Callable[[], Augmentation]] = {"none": lambda: lambda image: image, "randaugment": randaugment}
+AUGMENTATIONS: dict[str, Callable[[], Augmentation | None]] = {"none": lambda: None, "randaugment": randaugment}
 """Recipe word -> what makes the augmentation. Call it before loaders start, and they need not import timm each."""
 
 
@@ -42,8 +46,11 @@ def augment(image: Image.Image, kind: str, seed: str) -> Image.Image:
     Of one process one thread may augment: the libraries draw from Python's and numpy's global generators, which are
     left as they were.
     """
+    change = AUGMENTATIONS[kind]()
+    if change is None:
+        return image
     with _seeded(seed):
-        return AUGMENTATIONS[kind]()(image)
+        return change(image)
 
 
 @contextmanager

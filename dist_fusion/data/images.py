@@ -23,7 +23,7 @@ KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that shards hold
 EXTENSIONS = ("jpeg", *KEPT.values())
 QUALITY = 95  # of pictures encoded anew
 SLACK = 1.25  # how much larger than asked a picture may be to be kept as it is
-MAX_SCANS = 500  # of a JPEG: each costs the time of a whole picture, and takes a few bytes
+MAX_SCANS = 500  # of a progressive JPEG: each takes a few bytes, and the time of a whole picture
 TURNS = {  # EXIF orientation -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -105,23 +105,21 @@ def extension(data: bytes) -> str:
 
 
 def _picture(data: bytes, size: int) -> _Picture:
-    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
-        raise UnreadableImage(f"a JPEG of more than {MAX_SCANS} scans")
     try:
         return _by_pillow(data, size)
     except UnidentifiedImageError:
         pass  # it may be a video
     try:
         return _by_pillow(first_frame(data), size)._replace(plain=False)
-    except UnreadableVideo as error:
-        raise UnreadableImage(f"Pillow does not know it; {error}") from None
+    except (UnreadableVideo, UnidentifiedImageError) as error:
+        raise UnreadableImage(f"UnidentifiedImageError: Pillow does not know it; {error}") from None
 
 
 def _by_pillow(data: bytes, size: int) -> _Picture:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_cost(image, data)
             width, height = image.size
-            _check_size(width, height)
             image.draft("RGB", (size, size))  # JPEG: decode at a fraction of the size where that is enough
             layout = image.tile[0].args if image.tile else None
             image.load()
@@ -141,11 +139,15 @@ def _by_pillow(data: bytes, size: int) -> _Picture:
         raise UnreadableImage(f"{type(error).__name__}: {error}") from None
 
 
-def _check_size(width: int, height: int) -> None:
+def _check_cost(image: Image.Image, data: bytes) -> None:
+    """Refuse what its head alone shows to take too much memory or time; raises UnreadableImage."""
+    width, height = image.size
     if width * height > MAX_PIXELS:
         raise UnreadableImage(f"{width} x {height} pixels are more than {MAX_PIXELS}")
     if width * height == 0:
         raise UnreadableImage("it has no pixels")
+    if "progressive" in image.info and data.count(b"\xff\xda") > MAX_SCANS:
+        raise UnreadableImage(f"a progressive JPEG of more than {MAX_SCANS} scans")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -21,7 +21,7 @@ import ffmpeg
 from PIL import Image
 
 DEMUXERS = {  # how a file begins -> the demuxer it is given to
-    rb".{4}(ftyp|moov|mdat|wide)": "mov",  # MP4 and QuickTime, HEIF (of which ffmpeg before 7 knows nothing)
+    rb".{4}(ftyp|moov|mdat|wide)": "mov",  # MP4 and QuickTime, HEIF (ffmpeg 9 reads it, 5.1 does not)
     rb"\x1a\x45\xdf\xa3": "matroska",  # and WebM
     rb"RIFF.{4}AVI ": "avi",
     rb"\xff\x0a|\0{3}\x0cJXL \r\n\x87\n": "jpegxl_pipe",
@@ -47,10 +47,11 @@ def find_ffmpeg() -> str | None:
     if system is not None:
         return system
     try:
-        import imageio_ffmpeg  # optional
-    except ImportError:
+        from imageio_ffmpeg import get_ffmpeg_exe  # optional
+
+        return str(get_ffmpeg_exe())
+    except (ImportError, RuntimeError):  # the package is not there, or was built without its binary
         return None
-    return str(imageio_ffmpeg.get_ffmpeg_exe())
 
 
 def first_frame(data: bytes) -> bytes:

@@ -1,22 +1,21 @@
 """How long answering takes: the teacher, the student, and the student with images and texts encoded beforehand."""
 
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from random import Random
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from dist_fusion.batch import PairBatch, Question, Sample, Text, answers_to
+from dist_fusion.bench.captions import VOCABULARY
+from dist_fusion.bench.inference import HEADS, questions, ways
 from dist_fusion.bench.timing import interleaved
 from dist_fusion.demo.split import read_test
 from dist_fusion.models.config import ModelConfig
 from dist_fusion.models.student import Student
 from dist_fusion.models.vilt import Vilt
 from dist_fusion.models.weights import restore_model
-from dist_fusion.types import Batch, HeadSpec, Vocabulary
+from dist_fusion.types import Batch
 
 REPEATS = 3
 TIMED_BATCHES = 4  # of 50 images with all their questions
@@ -46,7 +45,6 @@ HEADER = (
 )
 
 
-@torch.inference_mode()
 def trained(folder: Path, seed: int) -> Timing:
     """The demo's own models on the first test images."""
     runs = folder / f"seed-{seed}"
@@ -62,37 +60,15 @@ def trained(folder: Path, seed: int) -> Timing:
     )
 
 
-@torch.inference_mode()
 def full_size(num_images: int, questions_per_image: int) -> Timing:
-    """ViT-B/32-sized models with random weights: 12 layers, 768 wide, 224 pixels, questions of 12 tokens."""
-    vocabulary = Vocabulary(30522, 0, 101, 102, 103)
-    heads = {"vqa": HeadSpec("classifier", 3129)}
-    teacher = Vilt(ModelConfig(kind="fusion-encoder"), heads, vocabulary.size).eval()
-    student = Student(ModelConfig(), heads, vocabulary.size).eval()
-    draw = Random(0)
-    batch = PairBatch(vocabulary, 224, 40, 8)
-    rows = []
-    for n in range(num_images):
-        asked = [tuple(draw.randrange(1000, 30000) for _ in range(12)) for _ in range(questions_per_image)]
-        texts = [Text(ids, tuple(range(12))) for ids in asked]
-        questions = tuple(Question(str(i), text, {}, "") for i, text in enumerate(texts))
-        sample = Sample((torch.randn(3, 224, 224),), (n,), (), frozenset(), questions, (), n, str(n))
-        rows += [batch.pair(sample, batch.image(sample), batch.text(text), attention=0.0) for text in texts]
-    batch.ask("vqa", answers_to([(row,) for row in rows], 1, torch.zeros(len(rows), 3129)))
-    built = batch.build()
-    return _measure("12 layers, 768 wide (ViT-B/32), random weights", teacher, student, [built])
+    """ViT-B/32-sized models with random weights: 12 layers, 768 wide, 224 pixels, questions of 10 to 15 tokens."""
+    teacher = Vilt(ModelConfig(kind="fusion-encoder"), HEADS, VOCABULARY.size).eval()
+    student = Student(ModelConfig(), HEADS, VOCABULARY.size).eval()
+    batch = questions(ModelConfig(), num_images, questions_per_image)
+    return _measure("12 layers, 768 wide (ViT-B/32), random weights", teacher, student, [batch])
 
 
 def _measure(what: str, teacher: nn.Module, student: nn.Module, batches: list[Batch]) -> Timing:
     assert isinstance(student, Student)
-    encoded = [(batch, student.encode_texts(batch), student.encode_images(batch)) for batch in batches]
-    cases: dict[str, Callable[[], object]] = {
-        "teacher": lambda: [teacher(batch) for batch in batches],
-        "student": lambda: [student(batch) for batch in batches],
-        "texts": lambda: [student.fuse(batch, text, student.encode_images(batch)) for batch, text, _ in encoded],
-        "images": lambda: [student.fuse(batch, student.encode_texts(batch), image) for batch, _, image in encoded],
-        "cached": lambda: [student.fuse(*one) for one in encoded],
-    }
-    taken = interleaved(cases, torch.device("cpu"), seconds=0, rounds=REPEATS)
-    least = {name: min(times) / 1e3 for name, times in taken.items()}
-    return Timing(what, sum(len(batch.pairs) for batch in batches), **least)
+    taken = interleaved(ways(teacher, student, batches), torch.device("cpu"), seconds=0, rounds=REPEATS)
+    return Timing(what, sum(len(batch.pairs) for batch in batches), *(min(times) / 1e3 for times in taken.values()))

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from dist_fusion.kernels.problem import Problem, Solution, empty_as, of_student_heads
 
-CHUNK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 27}
+CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Of one fp32 map of a chunk, by kind of device."""
 FLOOR = -1e30
 """Added to the scores of masked keys. Finite: differences of infinities are not numbers."""
@@ -30,23 +31,28 @@ class Rows(NamedTuple):
 
 def solve(problem: Problem, gradients: bool) -> Solution:
     """The loss and, if asked for, both gradients."""
-    p = problem
+    p = problem._replace(query_mask=_telling(problem.query_mask), key_mask=_telling(problem.key_mask))
     pairs, heads, queries, _ = p.student_query.shape
     keys = p.student_key.shape[2]
     query_gradient = empty_as(p.student_query) if gradients else None
     key_gradient = empty_as(p.student_key) if gradients else None
     # A row that is none counts nothing.
-    by_row = torch.ones_like(p.coefficient)[:, None] if p.query_mask is None else p.query_mask.float()
+    by_row = p.coefficient.new_ones(pairs, 1) if p.query_mask is None else p.query_mask.float()
     outside = None if p.key_mask is None else FLOOR * (~p.key_mask).float()
     loss = p.coefficient.new_zeros(())
     size = max(1, min(pairs, CHUNK_BYTES[p.student_query.device.type] // (4 * heads * queries * keys)))
+    # One chunk's memory, for all of them: new memory must be fetched from the system, page by page, every time.
     maps = p.coefficient.new_empty(4, size, heads, queries, keys)
+    inputs = ((p.student_query, p.query_mask), (p.student_key, p.key_mask),
+              (p.teacher_query, p.query_mask), (p.teacher_key, p.key_mask))  # fmt: skip
+    dense = [p.coefficient.new_empty(size, *x.shape[1:]) for x, _ in inputs]
     for start in range(0, pairs, size):
-        part = slice(start, start + size)
-        query, key = _dense(p.student_query, p.query_mask, part), _dense(p.student_key, p.key_mask, part)
-        teacher_query = of_student_heads(_dense(p.teacher_query, p.query_mask, part), p.head_map)
-        teacher_key = of_student_heads(_dense(p.teacher_key, p.key_mask, part), p.head_map)
-        here = maps[:, : len(query)]
+        part = slice(start, min(start + size, pairs))
+        here = [memory[: part.stop - start] for memory in (*maps, *dense)]
+        query, key, teacher_query, teacher_key = (
+            _dense(x, mask, part, memory) for (x, mask), memory in zip(inputs, here[4:], strict=True)
+        )
+        teacher_query, teacher_key = (of_student_heads(x, p.head_map) for x in (teacher_query, teacher_key))
         floor = None if outside is None else outside[part, None, None, :]
         kl, slopes = DIVERGENCES[p.direction](
             _rows(query, key, p.student_scale, floor, here[0], here[1]),
@@ -55,8 +61,9 @@ def solve(problem: Problem, gradients: bool) -> Solution:
         loss = loss + (kl.sum(1) * by_row[part] * p.coefficient[part, None]).sum()
         if query_gradient is not None and key_gradient is not None:
             slopes *= (by_row[part] * (p.slope[part, None] * p.student_scale))[:, None, :, None]
-            query_gradient[part] = slopes @ key
-            key_gradient[part] = slopes.mT @ query
+            # The teacher's memory has done its work, and takes the products before they go where they belong.
+            query_gradient[part] = torch.matmul(slopes, key, out=_reused(here[6], query))
+            key_gradient[part] = torch.matmul(slopes.mT, query, out=_reused(here[7], key))
     return Solution(loss, query_gradient, key_gradient)
 
 
@@ -67,18 +74,25 @@ def rescale(kept: Tensor, factor: Tensor, may_change: bool) -> Tensor:
     return torch.mul(kept, factor, out=kept if may_change else torch.empty_like(kept))
 
 
-def _dense(x: Tensor, mask: Tensor | None, part: slice) -> Tensor:
+def _telling(mask: Tensor | None) -> Tensor | None:
+    """None where a mask tells nothing: on a CPU looking is free, and images have no padding."""
+    return None if mask is not None and mask.device.type == "cpu" and not is_fake(mask) and mask.all() else mask
+
+
+def _reused(memory: Tensor, like: Tensor) -> Tensor | None:
+    """`memory` if it has the shape that is needed: a teacher may have other heads, and other widths."""
+    return memory if memory.shape == like.shape else None
+
+
+def _dense(x: Tensor, mask: Tensor | None, part: slice, memory: Tensor) -> Tensor:
     """Some pairs of [P, H, L, K] in fp32, without gaps (each product would make its own copy) and with zero padding.
 
     Padding may hold a NaN, which times 0 is a NaN again; its bits and no bits are no bits, and a good deal faster.
     """
-    x = x[part].float()
-    if mask is None:
-        return x.contiguous()
-    dense = torch.empty(x.shape, device=x.device)
-    bits = -mask[part, None, :, None].to(torch.int32)
-    torch.bitwise_and(x.view(torch.int32), bits, out=dense.view(torch.int32))
-    return dense
+    memory.copy_(x[part])
+    if mask is not None:
+        memory.view(torch.int32).bitwise_and_(-mask[part, None, :, None].to(torch.int32))
+    return memory
 
 
 def _rows(query: Tensor, key: Tensor, scale: float, floor: Tensor | None, scores: Tensor, powers: Tensor) -> Rows:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_fusion.models.layers import CrossLayer, Stream, run
+from dist_fusion.models.layers import EVERY, FIRST, CrossLayer, Stream, run
 from dist_fusion.models.mapping import Groups
 from dist_fusion.types import Tap
 
@@ -21,7 +21,7 @@ class Fused(NamedTuple):
     """What a fusion makes of the pairs."""
 
     feature: Tensor  # [P, F] for the heads that judge a pair
-    tokens: Tensor  # [P, L, D] text tokens that have seen the image
+    tokens: Tensor  # [P, R, D] the text tokens in `read`, that have seen the image
     taps: dict[str, Tap]  # the fusion's own attention, if it has any
 
 
@@ -30,7 +30,8 @@ class Fusion(nn.Module):
 
     feature_width: int
 
-    def forward(self, text: Stream, image: Stream, slot: Tensor, pairs: Tensor) -> Fused:
+    def forward(self, text: Stream, image: Stream, slot: Tensor, pairs: Tensor, read: slice) -> Fused:
+        """The pairs [P, 2]; `read` says which text tokens the heads read, [CLS] among them."""
         raise NotImplementedError
 
 
@@ -44,9 +45,9 @@ class Dot(Fusion):
         super().__init__()
         self.feature_width = 3 * width
 
-    def forward(self, text: Stream, image: Stream, slot: Tensor, pairs: Tensor) -> Fused:
+    def forward(self, text: Stream, image: Stream, slot: Tensor, pairs: Tensor, read: slice) -> Fused:
         image_row, text_row = pairs.unbind(1)
-        words, picture = text.hidden[-1][text_row], image.hidden[-1][image_row, 0]
+        words, picture = text.hidden[-1][text_row][:, read], image.hidden[-1][image_row, 0]
         return Fused(torch.cat([words[:, 0], picture, words[:, 0] * picture], -1), words, {})
 
 
@@ -64,8 +65,8 @@ class Shallow(Fusion):
             nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
 
-    def forward(self, text: Stream, image: Stream, slot: Tensor, pairs: Tensor) -> Fused:
-        words = torch.tanh(self.pool_text(text.hidden[-1]))[pairs[:, 1]]
+    def forward(self, text: Stream, image: Stream, slot: Tensor, pairs: Tensor, read: slice) -> Fused:
+        words = torch.tanh(self.pool_text(text.hidden[-1][:, read]))[pairs[:, 1]]
         picture = torch.tanh(self.pool_image(image.hidden[-1][:, :1]))[pairs[:, 0]].expand_as(words)
         tokens = self.mlp(torch.cat([words, picture], -1))
         return Fused(tokens[:, 0], tokens, {})
@@ -85,12 +86,12 @@ class Virt(Fusion):
             nn.Linear(4 * width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
 
-    def forward(self, text: Stream, image: Stream, slot: Tensor, pairs: Tensor) -> Fused:
+    def forward(self, text: Stream, image: Stream, slot: Tensor, pairs: Tensor, read: slice) -> Fused:
         heard, seen = _paired(text, pairs[:, 1]), _paired(image, pairs[:, 0])
         words, patches = self._rewritten(heard, seen), self._rewritten(seen, heard)
         u, v = _mean(words, heard.mask), _mean(patches, seen.mask)
         feature = self.mlp(torch.cat([u, v, (u - v).abs(), torch.maximum(u, v)], -1))
-        return Fused(feature, heard.hidden[0] + words, {})
+        return Fused(feature, (heard.hidden[0] + words)[:, read], {})
 
     @staticmethod
     def _rewritten(asks: Stream, tells: Stream) -> Tensor:
@@ -116,19 +117,32 @@ class BridgeTower(Fusion):
         self.image = _Side(width, num_heads, groups, num_slots, order, dropout)
         self.recompute = False
 
-    def forward(self, text: Stream, image: Stream, slot: Tensor, pairs: Tensor) -> Fused:
+    def forward(self, text: Stream, image: Stream, slot: Tensor, pairs: Tensor, read: slice) -> Fused:
         image_row, text_row = pairs.unbind(1)
         text_mask, image_mask = text.mask[text_row], image.mask[image_row]
         words = [tap[text_row] for tap in self.text.projected(text, pairs.new_zeros(1))]
         patches = [tap[image_row] for tap in self.image.projected(image, slot)]
         x, y = torch.zeros_like(words[0]), torch.zeros_like(patches[0])
+        last = len(words) - 1
         for i, (word, patch) in enumerate(zip(words, patches, strict=True)):
             x_in, y_in = self.text.bridges[i](x + word), self.image.bridges[i](y + patch)
             x, text_query, image_key = run(
-                self.text.layers[i], x_in, text_mask, y_in, image_mask, recompute=self.recompute
+                self.text.layers[i],
+                x_in,
+                text_mask,
+                y_in,
+                image_mask,
+                read if i == last else EVERY,
+                recompute=self.recompute,
             )
             y, image_query, text_key = run(
-                self.image.layers[i], y_in, image_mask, x_in, text_mask, recompute=self.recompute
+                self.image.layers[i],
+                y_in,
+                image_mask,
+                x_in,
+                text_mask,
+                FIRST if i == last else EVERY,
+                recompute=self.recompute,
             )
         feature = torch.cat([self.text.pooled(x), self.image.pooled(y)], -1)
         taps = {

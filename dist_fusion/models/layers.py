@@ -8,6 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 EVERY = slice(None)
 """All rows of a sequence."""
+FIRST = slice(None, 1)
+"""The class token alone."""
 
 
 class Stream(NamedTuple):
@@ -42,13 +44,15 @@ class CrossAttention(nn.Module):
         self.num_heads = num_heads
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x: Tensor, other: Tensor, other_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, M, D] over other [B, N, D] -> [B, M, D], queries [B, H, M, K], keys [B, H, N, K]."""
+    def forward(
+        self, x: Tensor, other: Tensor, other_mask: Tensor, read: slice = EVERY
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, M, D] over other [B, N, D] -> the rows in `read` [B, R, D], all queries and keys [B, H, M or N, K]."""
         q, k, v = (
             project(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for project, y in ((self.query, x), (self.key, other), (self.value, other))
         )
-        return self.out(_attend(q, k, v, other_mask)), q, k
+        return self.out(_attend(q[:, :, read], k, v, other_mask)), q, k
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -138,15 +142,18 @@ class CrossLayer(nn.Module):
         self.norms = nn.ModuleDict({name: nn.LayerNorm(width, eps=1e-5) for name in ("self", "cross", "feed")})
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor, other: Tensor, other_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [P, M, D] beside other [P, N, D] -> [P, M, D], and the cross-attention's queries and keys."""
+    def forward(
+        self, x: Tensor, mask: Tensor, other: Tensor, other_mask: Tensor, read: slice = EVERY
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [P, M, D] beside other [P, N, D] -> the rows in `read` [P, R, D], all cross-attention queries and keys."""
         query = key = x
         for name in self.order:
+            rows = read if name == self.order[-1] else EVERY
             if name == "cross":
-                attended, query, key = self.cross_attention(x, other, other_mask)
+                attended, query, key = self.cross_attention(x, other, other_mask, rows)
             else:
-                attended, _, _ = self.self_attention(x, mask)
-            x = self.norms[name](x + self.dropout(attended))
+                attended, _, _ = self.self_attention(x, mask, rows)
+            x = self.norms[name](x[:, rows] + self.dropout(attended))
         return self.norms["feed"](x + self.dropout(self.feed(x))), query, key
 
 

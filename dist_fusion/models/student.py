@@ -8,8 +8,8 @@ from torch import nn
 from dist_fusion.models.config import ModelConfig
 from dist_fusion.models.embeddings import ImageEmbedding, TextEmbedding
 from dist_fusion.models.fusion import FUSIONS
-from dist_fusion.models.heads import Features, build_heads
-from dist_fusion.models.layers import Encoder, Stream, initialise
+from dist_fusion.models.heads import READ_TOKENS, Features, build_heads
+from dist_fusion.models.layers import EVERY, FIRST, Encoder, Stream, initialise
 from dist_fusion.models.mapping import MAPPINGS
 from dist_fusion.types import Batch, HeadSpec, Output, Tap
 
@@ -28,6 +28,7 @@ class Student(nn.Module):
         self.image_tower = Encoder(c.width, c.num_heads, c.num_layers, c.dropout)
         self.fusion = FUSIONS[c.fusion](c.width, c.num_heads, groups, c.num_slots, c.dropout)
         self.heads = build_heads(heads, self.fusion.feature_width, c.width)
+        self.read = EVERY if any(spec.kind in READ_TOKENS for spec in heads.values()) else FIRST
         initialise(self, c.width)
 
     def forward(self, batch: Batch) -> Output:
@@ -45,7 +46,7 @@ class Student(nn.Module):
 
     def fuse(self, batch: Batch, text: Stream, image: Stream) -> Output:
         """The pairs of `batch`, from streams encoded here or beforehand."""
-        fused = self.fusion(text, image, batch.image_slot, batch.pairs)
+        fused = self.fusion(text, image, batch.image_slot, batch.pairs, self.read)
         features = Features(fused.feature, fused.tokens, image.hidden[-1][:, 0], text.hidden[-1][:, 0])
         logits = {task: head(features, batch.targets[task].rows) for task, head in self.heads.items()}
         return Output(logits, {**_tower_taps(batch, text, image), **fused.taps})

@@ -8,7 +8,7 @@ from torch import nn
 from dist_fusion.models.config import ModelConfig
 from dist_fusion.models.embeddings import ImageEmbedding, TextEmbedding
 from dist_fusion.models.heads import READ_TOKENS, Features, build_heads
-from dist_fusion.models.layers import Encoder, initialise
+from dist_fusion.models.layers import FIRST, Encoder, initialise
 from dist_fusion.types import Batch, HeadSpec, Output, Tap
 
 
@@ -32,7 +32,7 @@ class Vilt(nn.Module):
         text, text_mask = self.text_embedding(batch.text_ids)[text_row], batch.text_mask[text_row]
         image, image_mask = (x[image_row] for x in self.image_embedding(batch.images, batch.image_slot))
         words, patches = slice(None, text.shape[1]), slice(text.shape[1], None)
-        read = words if self.reads_tokens else slice(None, 1)
+        read = words if self.reads_tokens else FIRST
         joint = self.encoder(torch.cat([text, image], 1), torch.cat([text_mask, image_mask], 1), read=read)
         top = joint.hidden[-1]
         features = Features(torch.tanh(self.pool(top[:, 0])), top)

@@ -5,8 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_fusion import cli, train
+from dist_fusion.bench.captions import VOCABULARY
 from dist_fusion.bench.hugging_face import build_pair, check_agreement
-from dist_fusion.bench.teacher import CASES, HEADS, QUICK, VOCABULARY, Case, bare_products, captions, taught
+from dist_fusion.bench.teacher import CASES, HEADS, QUICK, Case, bare_products, captions, taught
 
 
 def test_a_quick_bench_prints_every_case_and_writes_the_agreed_json(tmp_path, capsys):

@@ -44,7 +44,7 @@ ODD = {
     "pillow__anim_frame1.webp": Reads(PLAIN, 82, 82, {(0.0, 0.0): WHITE, (0.46, 0.7): (216, 0, 39)}),
     "pillow__apng_delay.png": Reads(FIRST, 128, 64, {(0.5, 0.5): (255, 0, 0)}),
     "pillow__avif_hopper.avif": Reads(PLAIN, 128, 128, HOPPER),
-    "pillow__avif_hopper.heif": Reads("ffmpeg 7 or later reads it, else refused", 128, 128, HOPPER),
+    "pillow__avif_hopper.heif": Reads("ffmpeg 9 reads it, 5.1 does not", 128, 128, HOPPER),
     "pillow__avif_star.avifs": Reads(FIRST, 159, 159, {(0.0, 0.0): WHITE, (0.5, 0.5): (254, 238, 171)}),
     "pillow__avif_transparency.avif": Reads(ON_WHITE, 64, 64, HOLE),
     "pillow__bmp_b_badrle.bmp": Reads("damage that nothing tells", 127, 64, {}),

@@ -100,16 +100,34 @@ def test_pre_and_post_coincide_where_cross_attention_adds_nothing(batch):
 def test_neither_stream_of_a_fusion_layer_comes_first(batch):
     """Swapping the modalities' weights and inputs of a bridge tower swaps its outputs."""
     from dist_fusion.models.fusion import BridgeTower
-    from dist_fusion.models.layers import Stream
+    from dist_fusion.models.layers import EVERY, Stream
 
     torch.manual_seed(0)
     tower = BridgeTower(16, 2, [[0], [1]], 1, 0.0, ("cross", "self"))
     mask = torch.ones(2, 5, dtype=torch.bool)
     a, b = (Stream([torch.randn(2, 5, 16) for _ in range(2)], mask, mask, mask) for _ in range(2))
     pairs, slot = torch.tensor([[0, 0], [1, 1]]), torch.zeros(2, dtype=torch.int64)
-    straight = tower(a, b, slot, pairs).feature
+    straight = tower(a, b, slot, pairs, EVERY).feature
     tower.text, tower.image = tower.image, tower.text
-    torch.testing.assert_close(tower(b, a, slot, pairs).feature, straight.roll(16, 1))
+    torch.testing.assert_close(tower(b, a, slot, pairs, EVERY).feature, straight.roll(16, 1))
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_student_that_reads_no_words_says_what_it_says_otherwise(batch, fusion):
+    """It finishes [CLS] alone in the last layer; where words are read, all of them."""
+    config = tiny.model_config(fusion=fusion)
+    whole = tiny.model(config, tiny.PRETRAINING).eval()
+    brief = tiny.model(config, {name: task for name, task in tiny.PRETRAINING.items() if name != "mlm"}).eval()
+    brief.load_state_dict({name: whole.state_dict()[name] for name in brief.state_dict()})
+    for said, expected in ((brief(batch).logits, whole(batch).logits), (brief(batch).taps, whole(batch).taps)):
+        for name, value in said.items():
+            torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5)
+    fused = [
+        model.fusion(model.encode_texts(batch), model.encode_images(batch), batch.image_slot, batch.pairs, model.read)
+        for model in (brief, whole)
+    ]
+    length = batch.text_ids.shape[1]
+    assert [one.tokens.shape[1] for one in fused] == [1, length]
 
 
 def test_padding_tokens_never_change_an_output(batch):
