@@ -16,7 +16,7 @@ from dataclasses import asdict, fields
 from hashlib import file_digest
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -31,6 +31,13 @@ AHEAD = 2
 """Jobs a worker that wait for it, so that a plan of millions is never in memory."""
 
 
+class Survey(NamedTuple):
+    """What a plan comes to, before any image is read."""
+
+    sizes: dict[str, int]  # split -> samples planned
+    skipped: list[Skip]
+
+
 def prepare(name: str, folders: Sequence[Path], options: Options, workers: int) -> str:
     """Make the shards of a data set; returns what was made, as text.
 
@@ -42,9 +49,9 @@ def prepare(name: str, folders: Sequence[Path], options: Options, workers: int) 
         return f"{row.make(folders[0])}\n"
     source, target = folders
     plan = row.plan(source, options)
-    sizes = _survey(plan, options, source)
-    _claim(target, _identity(name, source, plan, options, sizes))
-    summary = _make(name, source, target, plan, options, sizes, workers)
+    survey = _survey(plan, options, source)
+    _claim(target, _identity(name, source, plan, options, survey.sizes))
+    summary = _make(name, source, target, plan, options, survey, workers)
     with replacing(target / "prepare.json") as file:
         file.write(f"{json.dumps(summary, indent=2)}\n".encode())
     return _as_text(summary, target)
@@ -69,11 +76,15 @@ def _row(name: str, folders: Sequence[Path], options: Options) -> DataSet | Inst
     return row
 
 
-def _survey(plan: Plan, options: Options, source: Path) -> dict[str, int]:
-    """How many samples a split has. Goes through the whole plan, so that what is wrong is told before the work."""
-    samples, probed = Counter[str](), {split: list[Planned]() for split in SPLITS}
+def _survey(plan: Plan, options: Options, source: Path) -> Survey:
+    """Goes through the whole plan once, so that what is wrong with it is told before the work."""
+    samples, probed, skipped = Counter[str](), {split: list[Planned]() for split in SPLITS}, list[Skip]()
     for item in plan.items():
-        if isinstance(item, Planned) and options.wants(item.split):
+        if not options.wants(item.split):
+            continue
+        if isinstance(item, Skip):
+            skipped.append(item)
+        else:
             samples[item.split] += 1
             if len(probed[item.split]) < PROBED:
                 probed[item.split].append(item)
@@ -86,7 +97,7 @@ def _survey(plan: Plan, options: Options, source: Path) -> dict[str, int]:
                 f"none of the first {len(places)} images of {split} is under {source}; the first one was looked for at "
                 f"{', '.join(places[0][:4])}"
             )
-    return {split: samples[split] for split in SPLITS if samples[split]}
+    return Survey({split: samples[split] for split in SPLITS if samples[split]}, skipped)
 
 
 def _identity(name: str, source: Path, plan: Plan, options: Options, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -120,46 +131,40 @@ def _claim(target: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _make(
-    name: str, source: Path, target: Path, plan: Plan, options: Options, sizes: Mapping[str, int], workers: int
+    name: str, source: Path, target: Path, plan: Plan, options: Options, survey: Survey, workers: int
 ) -> dict[str, Any]:
     """All shards, `skipped.jsonl` and the plan's files; returns what prepare.json says."""
-    for split in sizes:
+    (target / "prepare.json").unlink(missing_ok=True)  # until all is there again
+    for split in survey.sizes:
         (target / split).mkdir(exist_ok=True)
-    counts: dict[str, dict[str, Counter[str]]] = {split: {} for split in sizes}
-    reasons, shards = Counter[str](), Counter[str]()
-    with replacing(target / "skipped.jsonl") as skipped:
-
-        def skip(item: Skip) -> None:
-            if options.wants(item.split):
-                reasons[item.reason] += 1
-                skipped.write(f"{json.dumps(item._asdict())}\n".encode())
-
-        jobs = _jobs(plan, options, source, target, skip)
-        with tqdm(total=sum(sizes.values()), desc=name, unit=" samples", mininterval=1) as progress:
-            for job, report in _in_order(make_shard, jobs, workers):
-                split = job.path.parent.name
-                shards[split] += report.size > 0
-                for of, count in report.counts.items():
-                    counts[split].setdefault(of, Counter()).update(count)
-                for item in report.skipped:
-                    skip(item)
-                progress.update(len(job.planned))
+    counts: dict[str, dict[str, Counter[str]]] = {split: {} for split in survey.sizes}
+    skipped, shards = list(survey.skipped), Counter[str]()
+    with tqdm(total=sum(survey.sizes.values()), desc=name, unit=" samples", mininterval=1) as progress:
+        for job, report in _in_order(make_shard, _jobs(plan, options, source, target), workers):
+            split = job.path.parent.name
+            shards[split] += report.size > 0
+            for of, count in report.counts.items():
+                counts[split].setdefault(of, Counter()).update(count)
+            skipped += report.skipped
+            progress.update(len(job.planned))
     for file_name, content in plan.files.items():
         with replacing(target / file_name) as file:
             file.write(content)
+    with replacing(target / "skipped.jsonl") as file:
+        file.writelines(f"{json.dumps(item._asdict())}\n".encode() for item in skipped)
     for leftover in target.rglob(".*.[0-9]*"):  # of runs that were killed
         leftover.unlink()
     return {
         "name": name,
         "counts": {split: {of: dict(count) for of, count in by.items()} for split, by in counts.items()},
-        "shards": {split: shards[split] for split in sizes},
-        "skipped": dict(sorted(reasons.items())),
+        "shards": {split: shards[split] for split in survey.sizes},
+        "skipped": dict(sorted(Counter(item.reason for item in skipped).items())),
         **plan.notes,
     }
 
 
-def _jobs(plan: Plan, options: Options, source: Path, target: Path, skip: Callable[[Skip], None]) -> Iterator[Job]:
-    """The shards of the plan; what the plan itself skips is told on the way."""
+def _jobs(plan: Plan, options: Options, source: Path, target: Path) -> Iterator[Job]:
+    """The shards of the plan."""
     waiting: dict[str, list[Planned]] = {}
     made = Counter[str]()
 
@@ -171,9 +176,7 @@ def _jobs(plan: Plan, options: Options, source: Path, target: Path, skip: Callab
         return Job(path, source, number * options.samples_per_shard, planned, options.short_side)
 
     for item in plan.items():
-        if isinstance(item, Skip):
-            skip(item)
-        elif options.wants(item.split):
+        if isinstance(item, Planned) and options.wants(item.split):
             waiting.setdefault(item.split, []).append(item)
             if len(waiting[item.split]) == options.samples_per_shard:
                 yield job(item.split)

@@ -16,13 +16,12 @@ from tests.data.prepare.sets import everything, make, picture, put, put_lines, r
 
 
 def table(source, count, size=(40, 30)):
-    """`count` images with two captions each, the seventh broken, the eighth missing."""
+    """`count` images with two captions each and every fourth with an empty one, number 7 broken, number 8 missing."""
     for n in range(count):
         put(source / f"{n}.jpg", picture(n, size)[: 200 if n == 7 else None])
     (source / "8.jpg").unlink()
-    put_lines(
-        source / "captions.jsonl", [{"image": f"{n}.jpg", "caption": [f"one of {n}", "two"]} for n in range(count)]
-    )
+    captions = [[f"one of {n}", "two", *([" "] if n % 4 == 0 else [])] for n in range(count)]
+    put_lines(source / "captions.jsonl", [{"image": f"{n}.jpg", "caption": told} for n, told in enumerate(captions)])
     return source
 
 
@@ -37,11 +36,15 @@ def test_counts_are_exact_and_everything_left_out_is_listed(source, tmp_path):
         "name": "folder",
         "counts": {"train": {"mine": {"samples": 21, "texts": 42}}},
         "shards": {"train": 5},
-        "skipped": {"missing image": 1, "undecodable image": 1},
+        "skipped": {"empty caption": 6, "missing image": 1, "undecodable image": 1},
     }
     assert len(read(tmp_path / "shards", "train")) == 21
     listed = skipped(tmp_path / "shards")
-    assert [(split, reason, item.split(":")[0]) for split, reason, item in listed] == [
+    assert listed[:2] == [
+        ("train", "empty caption", "0.jpg, caption 2"),
+        ("train", "empty caption", "4.jpg, caption 2"),
+    ]
+    assert [(split, reason, item.split(":")[0]) for split, reason, item in listed[6:]] == [
         ("train", "undecodable image", "7.jpg"), ("train", "missing image", "8.jpg"),
     ]  # fmt: skip
 
@@ -105,7 +108,7 @@ def test_an_image_that_has_come_since_is_taken_in(source, tmp_path):
     first = (tmp_path / "shards" / "train" / "00000.tar").stat().st_mtime_ns
     put(source / "8.jpg", picture(8))
     told = make("folder", source, tmp_path / "shards", samples_per_shard=5)
-    assert told["skipped"] == {"undecodable image": 1} and "8.jpg" in read(tmp_path / "shards", "train")
+    assert "missing image" not in told["skipped"] and "8.jpg" in read(tmp_path / "shards", "train")
     assert (tmp_path / "shards" / "train" / "00000.tar").stat().st_mtime_ns == first
 
 
