@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -13,24 +14,20 @@ import dist_fusion
 from dist_fusion import train
 from dist_fusion.bench.run import BENCHES, DEVICES, bench
 from dist_fusion.config import RECIPES, load
-from dist_fusion.data import easy_forms, easy_vqa
+from dist_fusion.data.prepare.plan import Options
+from dist_fusion.data.prepare.run import prepare
+from dist_fusion.data.prepare.table import listing
 from dist_fusion.data.stream import Plan, Stream
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.demo.run import SIZES, demo
 from dist_fusion.demo.stages import Interrupted
 from dist_fusion.evaluate import evaluate
 from dist_fusion.models.weights import require_same_reading, restore_model
-from dist_fusion.schema import UserError, nearest
+from dist_fusion.schema import UserError
 from dist_fusion.tasks import to_score
 
 INTERRUPTED = 130
 """What a shell reports of a command that Ctrl-C ended."""
-PREPARE: dict[str, Callable[[Path], object]] = {
-    "easy-vqa": easy_vqa.prepare,
-    "easy-nlvr2": easy_forms.prepare_nlvr2,
-    "easy-snli-ve": easy_forms.prepare_snli_ve,
-}
-"""Data sets by name: what writes their shards into a folder."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,9 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--device", default=fastest, choices=("cpu", "cuda"), help=f"{fastest} if not given")
     one.add_argument("--task", nargs="+", default=[], help="of the run's tasks; all if not given")
 
-    one = commands.add_parser("prepare", help="make shards of a data set")
-    one.add_argument("dataset", help=f"one of: {', '.join(PREPARE)}")
-    one.add_argument("folder", type=Path, help="where the shards go")
+    one = commands.add_parser(
+        "prepare",
+        help="make shards of a data set",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Make shards of a data set: DST/train, DST/dev, …. Start it again to continue after a stop.",
+        epilog=f"data sets, and what SRC must hold:\n{listing()}",
+    )
+    one.add_argument("dataset", metavar="NAME", help="one of those below")
+    one.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="SRC DST; DST alone for what needs no SRC")
+    one.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    for option in fields(Options):
+        about = f"{option.metadata['about']} ({option.default})" if option.default else option.metadata["about"]
+        flag = f"--{option.name.replace('_', '-')}"
+        one.add_argument(flag, type=type(option.default), default=option.default, help=about)
 
     one = commands.add_parser("bench", help="how fast a part is beside others' of the kind")
     one.add_argument("name", help=f"one of: {', '.join(BENCHES)}")
@@ -117,11 +125,10 @@ def _evaluate(given: argparse.Namespace) -> int:
 
 
 def _prepare(given: argparse.Namespace) -> int:
-    if given.dataset not in PREPARE:
-        raise UserError(
-            f"no data set {given.dataset!r}{nearest(given.dataset, PREPARE)}; it can be {', '.join(PREPARE)}"
-        )
-    sys.stdout.write(f"{PREPARE[given.dataset](given.folder)}\n")
+    if given.workers < 1:
+        raise UserError(f"--workers is {given.workers}; it must be at least 1")
+    options = Options(**{option.name: getattr(given, option.name) for option in fields(Options)})
+    sys.stdout.write(prepare(given.dataset.replace("_", "-"), given.folders, options, given.workers))
     return train.DONE
 
 

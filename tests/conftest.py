@@ -14,8 +14,8 @@ if not torch.cuda.is_available():  # before any kernel is defined: Triton looks 
 from PIL import Image
 
 from dist_fusion.batch import Sample, Text
-from dist_fusion.data.easy_forms import prepare_nlvr2, prepare_snli_ve
-from dist_fusion.data.easy_vqa import prepare as prepare_easy_vqa
+from dist_fusion.data.prepare.easy_forms import prepare_nlvr2, prepare_snli_ve
+from dist_fusion.data.prepare.easy_vqa import prepare as prepare_easy_vqa
 from dist_fusion.data.shards import write_shards
 from dist_fusion.data.text import train_vocabulary
 from dist_fusion.engine import on_gpu

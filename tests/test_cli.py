@@ -4,7 +4,7 @@ import pytest
 
 from dist_fusion import cli, train
 from dist_fusion.config import RECIPES
-from dist_fusion.data.easy_forms import DRAWS
+from dist_fusion.data.prepare.easy_forms import DRAWS
 
 
 def test_recipes_lists_every_shipped_recipe_with_what_it_is(capsys):

@@ -10,7 +10,7 @@ import torch
 
 from dist_fusion.checkpoint import versions
 from dist_fusion.config import load
-from dist_fusion.data import easy_vqa
+from dist_fusion.data.prepare import easy_vqa
 from dist_fusion.demo import answers, pictures, timing
 from dist_fusion.demo.stages import STAGES, choose_folder, run_stage
 from dist_fusion.schema import UserError

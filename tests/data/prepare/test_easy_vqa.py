@@ -7,7 +7,7 @@ from easy_vqa import get_train_questions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_fusion.data.easy_vqa import COLOURS, KINDS, SHAPES, Counts, Facts, facts, kind_of, prepare
+from dist_fusion.data.prepare.easy_vqa import COLOURS, KINDS, SHAPES, Counts, Facts, facts, kind_of, prepare
 from dist_fusion.data.shards import find_shards, read_records
 from dist_fusion.data.text import Tokenizer
 

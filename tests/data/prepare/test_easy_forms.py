@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_fusion.data.easy_forms import COVER_GREY, COVER_SIDE, DRAWS, Counts, hypotheses, prepare_nlvr2, sentences
-from dist_fusion.data.easy_vqa import COLOURS, SHAPES, facts, read_splits
+from dist_fusion.data.prepare.easy_forms import (
+    COVER_GREY,
+    COVER_SIDE,
+    DRAWS,
+    Counts,
+    hypotheses,
+    prepare_nlvr2,
+    sentences,
+)
+from dist_fusion.data.prepare.easy_vqa import COLOURS, SHAPES, facts, read_splits
 from dist_fusion.data.shards import find_shards, read_records
 from dist_fusion.data.text import Tokenizer
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dist_fusion.data.easy_vqa import COLOURS, SHAPES, Split, facts, read_splits
+from dist_fusion.data.prepare.easy_vqa import COLOURS, SHAPES, Split, facts, read_splits
 from dist_fusion.data.shards import write_shards
 from dist_fusion.data.text import train_vocabulary
 
