@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from dist_fusion.data.images import EXTENSIONS
 
 READ = ("json", "txt")
-PAIRS = (("",), ("left", "right"), ("img0", "img1"), ("0", "1"))
+ORDERS = (("",), ("left", "right"), ("left", "middle", "right"), ("img0", "img1"), ("0", "1"))
 """What may stand between the key and the extension of a sample's pictures, in their order."""
 
 
@@ -61,7 +61,7 @@ def picture_names(names: Iterable[str]) -> list[str]:
     found = {name.rpartition(".")[0]: name for name in names if name.rpartition(".")[2] in EXTENSIONS}
     if not found:
         raise Unusable("no image", f"its files are {', '.join(sorted(names)) or 'none'}")
-    order = next((words for words in PAIRS if set(words) == set(found)), None)
+    order = next((words for words in ORDERS if set(words) == set(found)), None)
     if order is None:
         raise Unusable("dotted key", f"pictures {', '.join(sorted(found.values()))}: a key ends at its first dot")
     return [found[word] for word in order]

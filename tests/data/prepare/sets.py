@@ -40,7 +40,7 @@ def make(name, source, target, workers=1, **options):
 
 def read(target, split):
     """The records of a split, by the image's name (the pair's)."""
-    records = read_records(find_shards([str(target / split)]), order=None, buffer=0)
+    records = read_records(find_shards([str(target / split)]))
     return {record.image_ids[0].removesuffix("/0"): record for record in records}
 
 

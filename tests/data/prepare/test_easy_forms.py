@@ -170,5 +170,5 @@ def test_the_vocabulary_knows_every_word_and_the_counts_are_kept(easy_nlvr2, eas
 
 def test_preparing_twice_gives_the_same_bytes(easy_nlvr2, tmp_path):
     prepare_nlvr2(tmp_path)
-    for path in sorted(path for path in easy_nlvr2.rglob("*") if path.is_file()):
+    for path in sorted(path for path in easy_nlvr2.rglob("*") if path.is_file() and path.suffix != ".index"):
         assert path.read_bytes() == (tmp_path / path.relative_to(easy_nlvr2)).read_bytes(), path.name

@@ -136,5 +136,5 @@ def test_the_vocabulary_knows_every_word(easy_vqa, records):
 
 def test_preparing_twice_gives_the_same_bytes(easy_vqa, tmp_path):
     prepare(tmp_path)
-    for path in sorted(path for path in easy_vqa.rglob("*") if path.is_file()):
+    for path in sorted(path for path in easy_vqa.rglob("*") if path.is_file() and path.suffix != ".index"):
         assert path.read_bytes() == (tmp_path / path.relative_to(easy_vqa)).read_bytes(), path.name
