@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from itertools import islice
+from random import Random
 
 import pytest
 import torch
@@ -251,6 +252,7 @@ HASHED = """
 import sys
 from hashlib import sha256
 from itertools import islice
+from random import Random
 from dist_fusion.data.stream import DataConfig, Plan, Stream
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.tasks import TASKS
@@ -342,3 +344,33 @@ def test_pictures_are_augmented_in_training_alone_and_by_their_place(stream_of):
     assert torch.equal(seen, torch.cat([halves[r][step].batch.images for step in range(2) for r in range(2)]))
     scored = pictures(stream_of(endless=False, augment="randaugment"))
     assert torch.equal(scored, pictures(stream_of(endless=False)))
+
+
+def test_mutated_shards_stream_to_their_end_and_lose_nothing_unlisted(stream_of, tmp_path, shards):
+    """Bytes of a real shard changed at random: every sample is batched, or told with its shard or key."""
+    samples = [
+        (f"{n}", {"png": record.images[0], "json": json.dumps({"texts": record.texts}).encode()})
+        for n, record in enumerate(islice(read_records(find_shards([str(shards)])), 5))
+    ]
+    write_shards(tmp_path, samples, 9)
+    (shard,) = tmp_path.glob("*.tar")
+    whole, draw = shard.read_bytes(), Random(0)
+    used = len(whole.rstrip(b"\0"))
+    for number in range(int(os.environ.get("DIST_FUSION_MUTATIONS", 60))):
+        data = bytearray(whole)
+        for _ in range(draw.choice((1, 2, 30))):
+            place = draw.randrange(used)
+            length = min(draw.choice((1, 4, 700)), used - place)
+            data[place : place + length] = draw.randbytes(length)
+        shard.write_bytes(data)
+        os.utime(shard, ns=(number, number))
+        try:
+            stream = stream_of(shards=(str(tmp_path),), endless=False, micro_batch=6, most_damaged=1)
+        except UserError as error:
+            assert "has no sample" in str(error)
+            continue
+        loaded = [*load_batches(stream, 0)]
+        batched = sum(one.sources[""] for one in loaded)
+        met = sum(len(one.damages) for one in loaded)
+        assert batched + met == stream.num_samples
+        assert stream.num_samples == 5 or stream.damages

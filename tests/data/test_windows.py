@@ -3,6 +3,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dist_fusion.batch import Supply
 from dist_fusion.data.catalog import Catalog
@@ -135,3 +137,34 @@ def test_more_shards_than_may_stay_open_are_read(tmp_path):
     for shard in islice([*shards, *shards], 140):
         assert reader.read(str(shard), 0, 1) == b"x"
     assert len(reader._open) <= 32
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """5 shards of 90 samples."""
+    return sparse(tmp_path_factory.mktemp("small"), 5, 90)
+
+
+@given(
+    ranks=st.sampled_from([1, 2, 4, 8, 16, 64]),
+    workers=st.integers(1, 5),
+    start=st.integers(0, 40),
+    slots=st.sampled_from([64, 128]),
+    window=st.integers(1, 300),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_order_is_the_same_on_any_ranks_and_workers_from_any_start(
+    small, ranks, workers, start, slots, window, seed
+):
+    def batch(step, ranks, workers, start):
+        """What all ranks together have at a step, each from the worker whose turn it is."""
+        order, found = Order([Source(small.chunks(), 1.0)], slots, seed, window), []
+        for rank in range(ranks):
+            mine = range(slots * rank // ranks, slots * (rank + 1) // ranks)
+            windows = Windows(order, small, Reader(), mine, start, (step - start) % workers, workers)
+            found += [windows.visit(step, slot) for slot in mine]
+        return found
+
+    step = start + workers  # a second turn
+    assert batch(step, ranks, workers, start) == batch(step, 1, 1, 0)
