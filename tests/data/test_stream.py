@@ -367,7 +367,8 @@ def test_mutated_shards_stream_to_their_end_and_lose_nothing_unlisted(stream_of,
         try:
             stream = stream_of(shards=(str(tmp_path),), endless=False, micro_batch=6, most_damaged=1)
         except UserError as error:
-            assert "has no sample" in str(error)
+            if "has no sample" not in str(error):
+                raise
             continue
         loaded = [*load_batches(stream, 0)]
         batched = sum(one.sources[""] for one in loaded)
