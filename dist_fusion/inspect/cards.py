@@ -22,6 +22,8 @@ VISITS = 3
 """How often a picture is shown augmented."""
 MOST_TEXTS = 6
 """Of a kind that a card shows."""
+MOST_LETTERS = 1000
+"""Of a text that a card shows."""
 
 
 def card(drawn: Drawn, tokenizer: Tokenizer, size: int, seed: int) -> Markup:
@@ -92,7 +94,10 @@ def _statement(statement: Mapping[str, Any], tokenizer: Tokenizer) -> Markup:
 
 
 def _said(what: str, string: str, *below: Markup) -> Markup:
-    return tag("div.said", tag("p", tag("span.quiet.small", f"{what} "), tag("span.untrusted", string)), *below)
+    left = len(string) - MOST_LETTERS
+    more = tag("span.quiet", f" … and {left:,} more letters") if left > 0 else ""
+    shown = tag("span.untrusted", string[:MOST_LETTERS])
+    return tag("div.said", tag("p", tag("span.quiet.small", f"{what} "), shown, more), *below)
 
 
 def _tokens(text: Text, masked: Text, hidden: Iterable[int], tokenizer: Tokenizer) -> Markup:

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from dist_fusion.inspect.markup import Cell, Markup, joined, table, tag
 
-WIDE, HIGH, FOOT = 480, 110, 34  # of a histogram: its bars, and what stands below them
+WIDE, HIGH, FOOT = 370, 90, 32  # of a histogram: its bars, and what stands below them
 MOST_BARS = 48
-WIDEST = 24  # of a bar
-SHOWN = 0.99  # share of the values that have bars of their own; the rest is one bar
+WIDEST = 20  # of a bar
+SHOWN = 0.99  # share of the values that have bars of their own; the rest is one bar, where it is a long way off
 WIDTHS = (1, 2, 4, 5, 8, 10, 20, 40, 50, 80)
 
 
@@ -24,8 +24,12 @@ def histogram(counts: Mapping[int, int], mark: Mark | None = None, scale: float 
     """How often each value was there, as an SVG of up to MOST_BARS bars; `scale` is what a value of 1 is told as."""
     if not counts:
         return tag("p.quiet", "none")
-    low, high = min(counts), _quantile(counts, SHOWN)
+    marked = [mark.value] if mark else []
+    low, highest = min([*counts, *marked]), max([*counts, *marked])
+    high = max([_quantile(counts, SHOWN), *marked])
     width = _width(high - low + 1)
+    if _width(highest - low + 1) == width:
+        high = highest
     first, last = low // width, high // width
     bars: Counter[int] = Counter()
     for value, count in counts.items():
@@ -50,10 +54,10 @@ def histogram(counts: Mapping[int, int], mark: Mark | None = None, scale: float 
     drawn += [_text(x, ground + 14, f"{bar * width * scale:g}", anchor) for bar, x, anchor in ends]
     if beyond:
         drawn.append(_text((last + 1.5 - first) * step, ground + 28, "more", "end"))
-    if mark and first * width <= mark.value <= (last + 1) * width:
+    if mark:
         x = (mark.value / width - first) * step
         drawn.append(tag("line.mark", attributes={"x1": x, "x2": x, "y1": 0, "y2": ground + 4}))
-        drawn.append(_text(x, ground + 28, mark.told, "middle" if WIDE * 0.2 < x < WIDE * 0.8 else "start", "told"))
+        drawn.append(_text(x, ground + 28, mark.told, "end" if x > WIDE / 2 else "start", "told"))
     return tag("svg", *drawn, attributes={"viewBox": f"0 0 {WIDE} {ground + FOOT}", "role": "img"})
 
 
@@ -70,7 +74,7 @@ def ranked(counts: Mapping[str, int], most: int) -> Markup:
 
 
 def _bar(share: float) -> Markup:
-    return tag("div.length", attributes={"style": f"width: {max(1, round(160 * share))}px"})
+    return tag("div.length", attributes={"style": f"width: {max(1, round(110 * share))}px"})
 
 
 def _text(x: float, y: float, said: str, anchor: str = "start", kind: str = "") -> Markup:

@@ -33,15 +33,14 @@ h1 { font-size: 24px; margin: 0 0 4px } h2 { font-size: 19px; margin: 34px 0 10p
 p { margin: 4px 0 } .quiet { color: var(--quiet) } .bad { color: var(--bad) } .small { font-size: 13px }
 table { border-collapse: collapse } th, td { padding: 3px 18px 3px 0; text-align: left; vertical-align: top }
 th { font-weight: 600; color: var(--quiet); font-size: 13px } tr + tr td { border-top: 1px solid var(--line) }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.untrusted { unicode-bidi: isolate; overflow-wrap: anywhere }
+.plain { white-space: nowrap } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.untrusted { unicode-bidi: isolate; overflow-wrap: anywhere } td > .untrusted { overflow-wrap: break-word }
 .box { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px }
-.side { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)) }
+.side { display: grid; align-items: start; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)) }
 .scroll { overflow-x: auto }
-svg { display: block; width: 100%; height: auto; margin-top: 8px } svg text { fill: var(--quiet); font-size: 12px }
+svg { display: block; width: 100%; height: auto; margin-top: 8px } svg text { fill: var(--quiet); font-size: 11.5px }
 .bar { fill: var(--bar) } .axis { stroke: var(--line) } .mark { stroke: var(--mark); stroke-dasharray: 4 3 }
 svg .told { fill: var(--mark) } .length { background: var(--bar); height: 10px; border-radius: 2px; min-width: 1px }
-.share { width: 45% }
 .sample { display: grid; grid-template-columns: 248px minmax(0, 1fr); gap: 6px 24px; margin-bottom: 14px }
 .sample > .key { grid-column: 1 / -1 }
 .views { display: grid; grid-template-columns: repeat(3, 1fr); gap: 4px; margin-bottom: 10px }

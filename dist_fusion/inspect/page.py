@@ -53,7 +53,7 @@ def write_page(folders: Sequence[str], out: Path, look: Look) -> list[Outline]:
     shown = choose(found, look.samples, f"{look.seed}/samples")
     randaugment()  # its library takes seconds to load
     cards = [card(drawn, tokenizer, look.size, look.seed) for drawn in samples(found, shown, look.size)]
-    title = "What is in " + ", ".join(Path(folder).name for folder in folders)
+    title = "What is in " + ", ".join(folders)
     sections = [
         tag("h1.untrusted", title),
         *_counted(found),
@@ -75,7 +75,7 @@ def _explained(count: int, look: Look) -> str:
     return (
         f"{count} drawn by seed {look.seed}. The large picture is what both models see ({look.size} x {look.size} "
         f"pixels, squashed if it is no square); the {VISITS} small ones are RandAugment at {VISITS} visits. Tokens "
-        f"are cut at {look.max_text_length}; below them the same with whole words masked as `mlm` does "
+        f"are cut at {look.max_text_length}; below them the same with whole words masked as mlm does "
         f"({Mlm().probability:.0%}), each struck out before what stands in its place. Point at a picture or a bar "
         "to be told more."
     )
@@ -96,9 +96,9 @@ def _damages(indexed: Sequence[Damage], seen: Survey) -> list[Markup]:
     return [tag("h2", "Damaged, and left out"), tag("div.box", body)]
 
 
-def _reasons(damages: Iterable[Damage], where: str) -> list[tuple[Markup, int, str, Markup]]:
+def _reasons(damages: Iterable[Damage], where: str) -> list[tuple[Markup, int, Markup, Markup]]:
     return [
-        (tag("b.bad", reason), len(some), where,
+        (tag("b.bad", reason), len(some), tag("span.plain", where),
          tag("div", *(tag("p.untrusted.small", damage.told()) for damage in some[:EXAMPLES])))
         for reason, some in by_reason(damages).items()
     ]  # fmt: skip
