@@ -14,14 +14,18 @@ import dist_fusion
 from dist_fusion import train
 from dist_fusion.bench.run import BENCHES, DEVICES, bench
 from dist_fusion.config import RECIPES, load
+from dist_fusion.data.index import outlines
 from dist_fusion.data.prepare.plan import Options
 from dist_fusion.data.prepare.run import prepare
 from dist_fusion.data.prepare.table import listing
+from dist_fusion.data.shards import find_shards
 from dist_fusion.data.stream import Plan, Stream
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.demo.run import SIZES, demo
 from dist_fusion.demo.stages import Interrupted
 from dist_fusion.evaluate import evaluate
+from dist_fusion.inspect import counts
+from dist_fusion.inspect.page import Look, write_page
 from dist_fusion.models.weights import require_same_reading, restore_model
 from dist_fusion.schema import UserError
 from dist_fusion.tasks import to_score
@@ -67,6 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         about = f"{option.metadata['about']} ({option.default})" if option.default else option.metadata["about"]
         flag = f"--{option.name.replace('_', '-')}"
         one.add_argument(flag, type=type(option.default), default=option.default, help=about)
+
+    one = commands.add_parser("index", help="make the indices of shards, and count what they hold")
+    one.add_argument("shards", nargs="+", help="folders of tars, or tars")
+
+    one = commands.add_parser("inspect", help="show what is in shards as a page: people look before they train")
+    one.add_argument("shards", nargs="+", help="folders of tars, or tars")
+    one.add_argument("--out", type=Path, default=Path("page.html"), metavar="FILE", help="the page (page.html)")
+    one.add_argument("--samples", type=int, default=Look.samples, help=f"how many to show ({Look.samples})")
+    one.add_argument("--seed", type=int, default=Look.seed, help=f"which are drawn ({Look.seed})")
+    one.add_argument("--size", type=int, default=Look.size, help=f"pixels, as the recipe's ({Look.size})")
+    one.add_argument("--vocabulary", default=Look.vocabulary, help=f"as the recipe's ({Look.vocabulary})")
 
     one = commands.add_parser("bench", help="how fast a part is beside others' of the kind")
     one.add_argument("name", help=f"one of: {', '.join(BENCHES)}")
@@ -132,6 +147,19 @@ def _prepare(given: argparse.Namespace) -> int:
     return train.DONE
 
 
+def _index(given: argparse.Namespace) -> int:
+    """Print how much each folder holds, and every damage by reason with the first of each."""
+    sys.stdout.write(counts.as_text(outlines(find_shards(given.shards))))
+    return train.DONE
+
+
+def _inspect(given: argparse.Namespace) -> int:
+    look = Look(given.samples, given.seed, given.size, given.vocabulary)
+    sys.stdout.write(counts.as_text(write_page(given.shards, given.out, look)))
+    sys.stdout.write(f"{given.out}\n")
+    return train.DONE
+
+
 def _bench(given: argparse.Namespace) -> int:
     bench(given.name, given.device, given.json, given.quick)
     return train.DONE
@@ -149,6 +177,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "prepare": _prepare,
+    "index": _index,
+    "inspect": _inspect,
     "bench": _bench,
     "recipes": _recipes,
 }

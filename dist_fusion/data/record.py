@@ -51,7 +51,7 @@ def record(shard: str, key: str, members: Mapping[str, bytes]) -> Record:
     images = tuple(members[name] for name in picture_names(members))
     path = Path(shard)
     place = f"{path.parent.name}/{path.name}/{key}"  # img2dataset's keys repeat from set to set
-    name = said.image_id or place
+    name = said.image_id or place.encode(errors="backslashreplace").decode()  # tarfile keeps bytes that are no UTF-8
     ids = (name,) if len(images) < 2 else tuple(f"{name}/{i}" for i in range(len(images)))
     return Record(f"{shard}/{key}", images, ids, said.texts, said.questions, said.statements)
 
@@ -83,6 +83,8 @@ def annotations(members: Mapping[str, bytes]) -> Annotations:
             _check_question(question)
         for statement in statements:
             _check_statement(statement)
+        if b"\\u" in members.get("json", b""):
+            json.dumps(tree, ensure_ascii=False).encode()  # half a surrogate pair is no text: tokenizers refuse it
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise Unusable("unreadable .json or .txt", str(error)) from None
     if not (texts or questions or statements):
