@@ -20,12 +20,37 @@ def test_recipes_lists_every_shipped_recipe_with_what_it_is(capsys):
         (["train", "demo-teacher-pretrian"], "did you mean 'demo-teacher-pretrain'?"),
         (["prepare", "easy-vaq", "/nowhere"], "did you mean 'easy-vqa'?"),
         (["evaluate", "/nowhere", "--shards", "/nowhere"], "is no run"),
+        (["index", "/nowhere"], "does not exist"),
+        (["inspect", "pipe:date"], "must be a local file"),
         (["demo", "--size", "huge"], "it can be full, smoke"),
     ],
 )
 def test_a_mistake_is_told_in_one_message(capsys, arguments, message):
     assert cli.main(arguments) == train.MISTAKE
     assert message in capsys.readouterr().err
+
+
+def test_index_counts_what_shards_hold(shards, capsys):
+    assert cli.main(["index", str(shards)]) == train.DONE
+    heads, counts = capsys.readouterr().out.splitlines()
+    assert heads.split()[:2] == ["shards", "samples"] and counts.split() == [
+        str(shards),
+        "3",
+        "41",
+        "0",
+        "61",
+        "123",
+        "0",
+        "0",
+    ]
+
+
+def test_inspect_writes_a_page_and_says_where(shards, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    asked = ["inspect", str(shards), "--out", str(out), "--samples", "2", "--size", "32"]
+    assert cli.main([*asked, "--vocabulary", f"{shards}/vocab.txt"]) == train.DONE
+    assert capsys.readouterr().out.splitlines()[-1] == str(out)
+    assert out.read_text().count("<article") == 2
 
 
 def test_a_finished_run_is_scored_by_kind(two_ranks, shards, tmp_path, capsys):

@@ -30,7 +30,7 @@ def card(drawn: Drawn, tokenizer: Tokenizer, size: int, seed: int) -> Markup:
     """What there is to see of one sample, at a first visit in a run of this seed."""
     visit = f"{seed}/{drawn.number}"
     trouble = [tag("p.bad.untrusted", f"{drawn.damage.reason}: {drawn.damage.detail}")] if drawn.damage else []
-    views = [_views(image, f"{seed}/{drawn.number}", number, size) for number, image in enumerate(drawn.images)]
+    views = [_views(image, visit, number, size) for number, image in enumerate(drawn.images)]
     told: list[Markup] = []
     if drawn.record:
         record = drawn.record

@@ -50,7 +50,9 @@ def histogram(counts: Mapping[int, int], mark: Mark | None = None, scale: float 
     ground = 14 + HIGH
     drawn.append(tag("line.axis", attributes={"x1": 0, "x2": WIDE, "y1": ground, "y2": ground}))
     drawn.append(_text(0, 10, f"up to {most:,}"))
-    ends = [(first, 0.0, "start"), *([(last, (last - first) * step, "middle")] if last > first else [])]
+    ends = [(first, 0.0, "start")]
+    if last > first and not (mark and mark.value // width == last):  # the mark tells its own
+        ends.append((last, (last + 1 - first) * step, "end"))
     drawn += [_text(x, ground + 14, f"{bar * width * scale:g}", anchor) for bar, x, anchor in ends]
     if beyond:
         drawn.append(_text((last + 1.5 - first) * step, ground + 28, "more", "end"))

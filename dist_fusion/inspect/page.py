@@ -13,7 +13,7 @@ from dist_fusion.inspect.cards import VISITS, card
 from dist_fusion.inspect.charts import Mark, histogram, ranked
 from dist_fusion.inspect.counts import COLUMNS, by_reason, holdings, supplies
 from dist_fusion.inspect.markup import Cell, Markup, page, table, tag
-from dist_fusion.inspect.survey import SURVEYED, Survey, choose, samples, survey
+from dist_fusion.inspect.survey import Survey, choose, samples, survey
 from dist_fusion.schema import UserError
 from dist_fusion.tasks.mlm import Mlm
 
@@ -134,7 +134,7 @@ def _measured(found: Sequence[Outline], seen: Survey, look: Look) -> list[Markup
         )
     )
     total = supplies(found).total()
-    of = "all" if seen.samples == total else f"{SURVEYED:,} drawn of {total:,}"
+    of = "all" if seen.samples == total else f"{seen.samples:,} drawn of {total:,}"
     note = tag("p.quiet", f"Tokens, sizes, answers and kinds: of {of} samples.")
     return [tag("h2", "Lengths and sizes"), note, tag("div.side", *boxes)]
 

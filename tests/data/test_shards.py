@@ -200,12 +200,20 @@ def test_a_file_that_is_no_tar_is_told(tmp_path, start):
 
 @pytest.mark.parametrize(
     "tree",
-    [b"{", b"[1]", b'"x"', b"\xff", b'{"texts": "abc"}', b'{"texts": [1]}', b'{"questions": 5}', b'{"statements": 5}'],
-)
+    [b"{", b"[1]", b'"x"', b"\xff", b'{"texts": "abc"}', b'{"texts": [1]}', b'{"questions": 5}', b'{"statements": 5}',
+     b'{"texts": ["half a pair: \\ud83d"]}', b'{"texts": ["x"], "image_id": "\\ud83d"}'],
+)  # fmt: skip
 def test_a_json_that_is_wrong_is_told_with_its_sample(tmp_path, tree):
     write_shards(tmp_path, [("good", {"png": b"x", "txt": b"x"}), ("wrong", {"png": b"x", "json": tree})], 9)
     with pytest.raises(UserError, match=r"00000\.tar/wrong: unreadable \.json or \.txt"):
         read(tmp_path)
+
+
+def test_a_key_that_is_no_utf_8_names_its_image_all_the_same(tmp_path):
+    long = "x" * 120  # a name that tarfile reads, which lets such bytes pass
+    write_tar(tmp_path / "0.tar", {f"{long}\udcff.png": b"x", f"{long}\udcff.txt": b"text"})
+    (record,) = read(tmp_path)
+    assert record.image_ids[0].encode().endswith(rb"x\udcff")
 
 
 def test_shards_are_in_the_order_of_their_names_folder_after_folder(tmp_path):
