@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_fusion.data.augment import randaugment
 from dist_fusion.data.index import Damage, Outline, outlines
 from dist_fusion.data.shards import find_shards
 from dist_fusion.data.text import Tokenizer
@@ -51,7 +50,6 @@ def write_page(folders: Sequence[str], out: Path, look: Look) -> list[Outline]:
     found = outlines(shards)
     seen = survey(found, look.vocabulary, look.size, look.seed)
     shown = choose(found, look.samples, f"{look.seed}/samples")
-    randaugment()  # its library takes seconds to load
     cards = [card(drawn, tokenizer, look.size, look.seed) for drawn in samples(found, shown, look.size)]
     title = "What is in " + ", ".join(folders)
     sections = [

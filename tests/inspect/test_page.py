@@ -98,6 +98,14 @@ def test_a_picture_is_what_the_model_sees(page):
     assert shown.shape == (32, 32, 3) and np.abs(shown - levels).max() < 4  # JPEG's loss
 
 
+def test_augmented_pictures_differ_from_visit_to_visit(tmp_path):
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(noise, "PNG")
+    write_shards(tmp_path, [("noise", {"png": noise.getvalue(), "txt": b"noise"})], 9)
+    pictures = re.findall(r'base64,([^"]+)"', look_at(tmp_path, tmp_path / "page.html"))
+    assert len(pictures) == len(set(pictures)) == 4
+
+
 def test_masked_words_are_marked_with_what_they_become(shards, tmp_path):
     html = look_at(shards, tmp_path / "page.html", samples=41)
     assert html.count("<mark><s>") > 41 * 0.5 and "<s>[CLS]</s>" not in html
