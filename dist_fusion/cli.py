@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("dataset", metavar="NAME", help="one of those below")
     one.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="SRC DST; DST alone for what needs no SRC")
     one.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    one.add_argument("--preview", type=Path, metavar="FILE", help="then show what was made as a page, as inspect does")
     for option in fields(Options):
         about = f"{option.metadata['about']} ({option.default})" if option.default else option.metadata["about"]
         flag = f"--{option.name.replace('_', '-')}"
@@ -144,6 +145,10 @@ def _prepare(given: argparse.Namespace) -> int:
         raise UserError(f"--workers is {given.workers}; it must be at least 1")
     options = Options(**{option.name: getattr(given, option.name) for option in fields(Options)})
     sys.stdout.write(prepare(given.dataset.replace("_", "-"), given.folders, options, given.workers))
+    if given.preview:
+        splits = sorted({str(tar.parent) for tar in given.folders[-1].rglob("*.tar")})
+        write_page(splits, given.preview, Look())
+        sys.stdout.write(f"{given.preview}\n")
     return train.DONE
 
 

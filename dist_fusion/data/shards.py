@@ -41,6 +41,8 @@ def find_shards(folders: Sequence[str], *, cache: str = "", trust: bool = False)
                 f"data.shards has {name!r}; a shard is a local path, an http address, or a trusted command (pipe:…)"
             )
         path = Path(name)
+        if path.is_file() and path.suffix != ".tar":
+            raise UserError(f"data.shards has {name!r}, which is no .tar; name a folder of tars, or tars")
         found = [path] if path.is_file() else sorted(path.glob("*.tar"))
         if not found:
             reason = "has no .tar files" if path.is_dir() else "does not exist"

@@ -52,8 +52,8 @@ def prepared(tmp_path_factory):
     (coco / "captions.json").rename(coco / "captions_train2017.json")
     (coco / "images").rename(coco / "train2017")
     for name, kind, options in (
-        ("emoji_noto64", "folder", []), ("shapeworld_agreement", "folder", []), ("nlvr1_train_dev", "nlvr", ["--only", "dev"]),
-        ("coco_train2017_cc", "coco", ["--only", "train"]),
+        ("emoji_noto64", "folder", []), ("shapeworld_agreement", "folder", []),
+        ("nlvr1_train_dev", "nlvr", ["--only", "dev"]), ("coco_train2017_cc", "coco", ["--only", "train"]),
     ):  # fmt: skip
         assert main(["prepare", kind, str(root / name), str(root / "shards" / name), *options]) == 0
     return root / "shards"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_fusion.cli import main
 from dist_fusion.data.images import pixels, read
 from dist_fusion.data.shards import write_shards
 from dist_fusion.inspect import survey
@@ -149,3 +150,14 @@ def test_a_mistake_is_told_before_anything_is_read(shards, tmp_path, asked, mess
         look_at(shards, tmp_path / "page.html", **asked)
     with pytest.raises(UserError, match="--out is"):
         look_at(shards, tmp_path / "missing" / "page.html")
+
+
+def test_preparing_with_a_preview_leaves_the_page(tmp_path):
+    source = tmp_path / "own"
+    source.mkdir()
+    for name in ("one", "two"):
+        Image.new("RGB", (40, 30), "red").save(source / f"{name}.png")
+    (source / "captions.csv").write_text("image,caption\none.png,a red thing\ntwo.png,another thing\n")
+    page = tmp_path / "page.html"
+    assert main(["prepare", "folder", str(source), str(tmp_path / "shards"), "--preview", str(page)]) == 0
+    assert "a red thing" in page.read_text() and "another thing" in page.read_text()
