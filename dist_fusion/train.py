@@ -285,4 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # All is written, and the group is left. Libraries' threads that outlive the interpreter may abort a rank that has
+    # ended well ("terminate called without an active exception"), so nothing is taken down any more.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
