@@ -21,7 +21,7 @@ def test_recipes_lists_every_shipped_recipe_with_what_it_is(capsys):
         (["prepare", "easy-vaq", "/nowhere"], "did you mean 'easy-vqa'?"),
         (["evaluate", "/nowhere", "--shards", "/nowhere"], "is no run"),
         (["index", "/nowhere"], "does not exist"),
-        (["inspect", "pipe:date"], "must be a local file"),
+        (["inspect", "pipe:date"], "set data.trust_shards=true"),
         (["demo", "--size", "huge"], "it can be full, smoke"),
     ],
 )
