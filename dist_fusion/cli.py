@@ -126,7 +126,7 @@ def _evaluate(given: argparse.Namespace) -> int:
     if given.task:
         left_out = dict.fromkeys(config.active_tasks().keys() - set(given.task))
         config = replace(config, tasks=replace(config.tasks, **left_out))
-    data = replace(config.data, shards=tuple(given.shards))
+    data = replace(config.data, shards=tuple(given.shards), sources={})
     tokenizer = Tokenizer(data.vocabulary, card.config.max_text_length)
     require_same_reading(train.model_card(config, tokenizer), card, given.run, "the run to evaluate")
     tasks = to_score(config.active_tasks())

@@ -106,7 +106,7 @@ def prepare(config: Config, device: torch.device) -> Parts:
     teachers = build_teachers(config, card, device)
     plan = Plan(config.micro_batch(distributed.world_size()), distributed.rank(), distributed.world_size(), config.seed)
     stream = Stream(config.data, tasks, tokenizer, config.model.image_size, plan)
-    held_out = replace(config.data, shards=config.data.dev)
+    held_out = replace(config.data, shards=config.data.dev, sources={})
     dev = None
     if config.evaluate_every:
         dev = Stream(held_out, to_score(tasks), tokenizer, config.model.image_size, plan, endless=False)

@@ -28,6 +28,7 @@ class Catalog:
         """Raises UserError if a sample says what a task does not know."""
         self.shards = [outline.shard for outline in outlines]
         self.damages: tuple[Damage, ...] = tuple(damage for outline in outlines for damage in outline.damages)
+        self.indexed = sum(len(outline.begin) for outline in outlines)  # whether the tasks can use them or not
         chosen = [_usable(outline, tasks) for outline in outlines]
         self._shard = np.repeat(np.arange(len(outlines), dtype=np.int32), [len(one) for one in chosen])
         self._place = np.concatenate([np.zeros(0, np.int32), *(one.astype(np.int32) for one in chosen)])

@@ -254,7 +254,7 @@ def _check_damage(config: DataConfig, catalog: Catalog) -> None:
     shards = {damage.shard for damage in catalog.damages if not damage.key}
     most = config.most_damaged
     for count_bad, of, what in (
-        (len(samples), len(catalog) + len(samples), "samples"), (len(shards), len(catalog.shards), "shards"),
+        (len(samples), catalog.indexed + len(samples), "samples"), (len(shards), len(catalog.shards), "shards"),
     ):  # fmt: skip
         if count_bad > most * of:
             first = catalog.damages[0]

@@ -80,9 +80,11 @@ name: real
 steps: 3
 global_batch: 16
 log_every: 1
+evaluate_every: 3
 tasks: {{mlm: , itm: {{block: 4}}, itc: {{dimensions: 8}}}}
 model: {MODEL}
 data:
+  dev: [{prepared}/coco_train2017_cc/train]
   augment: randaugment
   sources:
     photographs: {{shards: [{prepared}/coco_train2017_cc/train], weight: 5, texts_per_image: 2}}

@@ -375,3 +375,14 @@ def test_mutated_shards_stream_to_their_end_and_lose_nothing_unlisted(stream_of,
         met = sum(len(one.damages) for one in loaded)
         assert batched + met == stream.num_samples
         assert stream.num_samples == 5 or stream.damages
+
+
+def test_damage_is_a_share_of_all_samples_and_not_of_those_a_task_can_use(stream_of, tmp_path, shards):
+    picture = next(iter(pictures_of(shards)))
+    question = {"id": "0", "question": "is it red?", "answers": {"yes": 1.0}}
+    trees = [{"questions": [question]}, {}, *({"texts": ["a picture"]} for _ in range(118))]
+    write_shards(
+        tmp_path, [(f"{n}", {"png": picture, "json": json.dumps(t).encode()}) for n, t in enumerate(trees)], 200
+    )
+    vqa = TASKS["vqa"](answers=str(shards / "answers.json"))
+    assert stream_of(shards=(str(tmp_path),), tasks={"vqa": vqa}).num_samples == 1
