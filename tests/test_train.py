@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from dist_fusion import train
+from dist_fusion.config import load
 from dist_fusion.engine import free_port
 
 LIFE = [
@@ -257,3 +258,12 @@ def test_a_dry_run_counts_what_is_not_at_hand_and_says_all_that_is_lacking(tmp_p
     assert (total[1], total[3]) == ("279,530,813", "135,586,364")
     for key in ("initialise_from", "teachers.0.source", "shards/coco/train", "shards/coco/dev"):
         assert key in told
+
+
+def test_only_held_out_shards_are_scored_also_beside_several_sources(recipe, shards):
+    """Sources are trained on; scored with the held-out ones, they would flatter every dev score."""
+    sources = f"data.sources={{one: {{shards: [{shards}]}}, two: {{shards: [{shards}], weight: 2}}}}"
+    config = load(recipe, ["data.shards=[]", sources, "evaluate_every=2"])
+    parts = train.prepare(config, torch.device("cpu"))
+    assert parts.stream.num_samples == 3 * 41
+    assert parts.dev is not None and parts.dev.num_samples == 41
