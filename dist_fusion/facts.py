@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from dist_fusion.batch import PairBatch, Question, Sample, Statement, Text
 from dist_fusion.config import Config
 from dist_fusion.distill import objective, row_weights
-from dist_fusion.engine import Sharding, ds_config, sharding
+from dist_fusion.engine.sharding import Sharding, ds_config, sharding
 from dist_fusion.models.execution import set_execution
 from dist_fusion.models.teachers import PRECISIONS, Lesson, Teacher, TeacherConfig
 from dist_fusion.models.weights import ModelCard, build_model

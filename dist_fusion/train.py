@@ -29,18 +29,10 @@ from dist_fusion.data.shards import find_shards
 from dist_fusion.data.stream import Plan, Stream, load_batches
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.distill import objective, row_weights
-from dist_fusion.engine import (
-    base_learning_rate,
-    build_engine,
-    check_device,
-    check_multipliers,
-    ds_config,
-    full_weights,
-    gradient_norm,
-    skipped,
-    start_ranks,
-    stop_ranks,
-)
+from dist_fusion.engine.optimizer import base_learning_rate, build_engine, check_multipliers, gradient_norm, skipped
+from dist_fusion.engine.ranks import start_ranks, stop_ranks
+from dist_fusion.engine.sharding import check_device, ds_config
+from dist_fusion.engine.state import full_weights
 from dist_fusion.evaluate import evaluate
 from dist_fusion.facts import measure, table
 from dist_fusion.models.execution import Aside, set_execution

@@ -18,7 +18,8 @@ from dist_fusion import distributed
 from dist_fusion.config import load
 from dist_fusion.data.stream import Loaded
 from dist_fusion.distill import DistillConfig, objective, row_weights
-from dist_fusion.engine import base_learning_rate, build_engine, ds_config
+from dist_fusion.engine.optimizer import base_learning_rate, build_engine
+from dist_fusion.engine.sharding import ds_config
 from dist_fusion.evaluate import evaluate
 from dist_fusion.models.execution import set_execution
 from dist_fusion.models.heads import ContrastHead, Features

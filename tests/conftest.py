@@ -18,7 +18,7 @@ from dist_fusion.data.prepare.easy_forms import prepare_nlvr2, prepare_snli_ve
 from dist_fusion.data.prepare.easy_vqa import prepare as prepare_easy_vqa
 from dist_fusion.data.shards import write_shards
 from dist_fusion.data.text import train_vocabulary
-from dist_fusion.engine import on_gpu
+from dist_fusion.engine.ranks import on_gpu
 from dist_fusion.types import Vocabulary
 from tests.rank_fixtures import one_rank, tiny_recipe, two_ranks  # noqa: F401  fixtures
 

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_fusion.engine import free_port, start_ranks, stop_ranks
+from dist_fusion.engine.ranks import free_port, start_ranks, stop_ranks
 
 ROOT = Path(__file__).parents[1]
 

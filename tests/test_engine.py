@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_fusion.config import OptimizerConfig, load
-from dist_fusion.engine import DS_CONFIGS, check_multipliers, check_precision, ds_config, parameter_groups, sharding
+from dist_fusion.engine.optimizer import check_multipliers, parameter_groups
+from dist_fusion.engine.sharding import DS_CONFIGS, check_precision, ds_config, sharding
 from dist_fusion.schema import UserError
 from tests import tiny
 

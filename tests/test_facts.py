@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dist_fusion.config import load
 from dist_fusion.distill import objective, row_weights
-from dist_fusion.engine import Sharding, ds_config, sharding
+from dist_fusion.engine.sharding import Sharding, ds_config, sharding
 from dist_fusion.facts import Facts, longest_batch, measure, static_memory, table
 from dist_fusion.models.execution import set_execution
 from dist_fusion.models.fusion import FUSIONS

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dist_fusion import train
 from dist_fusion.config import load
-from dist_fusion.engine import free_port
+from dist_fusion.engine.ranks import free_port
 
 LIFE = [
     "steps=40", "log_every=1", "save_every=100", "evaluate_every=15", "model.dropout=0.3",

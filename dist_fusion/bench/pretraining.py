@@ -11,7 +11,7 @@ from dist_fusion.batch import PairBatch
 from dist_fusion.bench.captions import VOCABULARY, captioned
 from dist_fusion.config import Config, OptimizerConfig, load
 from dist_fusion.distill import Loss, objective, row_weights
-from dist_fusion.engine import parameter_groups
+from dist_fusion.engine.optimizer import parameter_groups
 from dist_fusion.models.student import Student
 from dist_fusion.models.teachers import Lesson, Teacher, teach
 from dist_fusion.models.vilt import Vilt

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dist_fusion.checkpoint import differences
 from dist_fusion.config import load
-from dist_fusion.engine import free_port
+from dist_fusion.engine.ranks import free_port
 from dist_fusion.schema import UserError
 from dist_fusion.train import CONTINUE, DONE, MISTAKE
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_fusion.engine import start_ranks, stop_ranks
+from dist_fusion.engine.ranks import start_ranks, stop_ranks
 
 
 @pytest.fixture(scope="session")

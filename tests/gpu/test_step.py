@@ -13,7 +13,7 @@ from dist_fusion.config import load
 from dist_fusion.data.stream import DataConfig, Loaded, Plan, Stream, load_batches
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.distill import DistillConfig, objective, row_weights
-from dist_fusion.engine import build_engine, gradient_norm, skipped
+from dist_fusion.engine.optimizer import build_engine, gradient_norm, skipped
 from dist_fusion.facts import longest_batch
 from dist_fusion.models.execution import Aside
 from dist_fusion.models.teachers import Teacher, teach

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dist_fusion import train
-from dist_fusion.engine import BF16_CAPABILITY
+from dist_fusion.engine.sharding import BF16_CAPABILITY
 from tests.gpu.life import column, finish, start, stop_at
 
 pytestmark = pytest.mark.gpu

@@ -7,7 +7,7 @@ import torch
 
 from dist_fusion.config import load
 from dist_fusion.distill import DistillConfig, objective, row_weights
-from dist_fusion.engine import check_device, ds_config
+from dist_fusion.engine.sharding import check_device, ds_config
 from dist_fusion.models.teachers import Lesson, TeacherConfig, build_teacher, teach
 from dist_fusion.models.weights import save_model
 from dist_fusion.schema import UserError

@@ -1,0 +1,1 @@
+"""The model inside DeepSpeed. The only package that imports deepspeed."""
