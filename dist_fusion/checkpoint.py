@@ -28,7 +28,7 @@ from dist_fusion.config import Config, dump
 from dist_fusion.schema import UserError, leaves
 
 FREE = {
-    "runs", "save_every", "keep_checkpoints", "log_every", "evaluate_every", "data.num_workers",
+    "runs", "save_every", "keep_checkpoints", "log_every", "evaluate_every", "overlay_every", "data.num_workers",
     "activation_checkpointing", "teacher_stream",
 }  # fmt: skip
 """Keys that may change between the lives of a run."""

@@ -70,12 +70,17 @@ class Config:
     save_every: int = 500  # steps
     keep_checkpoints: int = 2
     evaluate_every: int = 0  # steps; scores on data.dev, 0 is never
+    overlay_every: int | None = None  # steps; pictures of attention in TensorBoard, evaluate_every if null, 0 is never
     log_every: int = 10  # steps
     runs: str = "runs"
 
     def active_tasks(self) -> dict[str, Task]:
         """The recipe's tasks by name, in the order of TASKS."""
         return {name: task for name in TASKS if (task := getattr(self.tasks, name)) is not None}
+
+    def overlays_every(self) -> int:
+        """Steps from one picture of attention to the next; 0 is never."""
+        return self.evaluate_every if self.overlay_every is None else self.overlay_every
 
     def soft_tasks(self, teacher: TeacherConfig) -> tuple[str, ...]:
         """The tasks whose soft labels one of the teachers gives."""
@@ -228,6 +233,7 @@ def check(config: Config) -> None:
         ("save_every", config.save_every, 1, inf),
         ("log_every", config.log_every, 1, inf),
         ("evaluate_every", config.evaluate_every, 0, inf),
+        ("overlay_every", config.overlays_every(), 0, inf),
         ("optimizer.learning_rate", config.optimizer.learning_rate, 0, inf),
         ("optimizer.weight_decay", config.optimizer.weight_decay, 0, inf),
         ("optimizer.clip", config.optimizer.clip, 0, inf),

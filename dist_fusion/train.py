@@ -10,6 +10,7 @@ Exit codes: 0 done; 75 saved, continue me (start the same command again); 2 the 
 import json
 import os
 import random
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,26 +24,32 @@ import torch
 from torch import nn
 
 from dist_fusion import checkpoint, distributed
+from dist_fusion.agreement import attention_readings, few_pairs
 from dist_fusion.config import Config, dump, load
 from dist_fusion.data.remote import is_remote
 from dist_fusion.data.shards import find_shards
 from dist_fusion.data.stream import Plan, Stream, load_batches
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.distill import objective, row_weights
-from dist_fusion.engine.optimizer import base_learning_rate, build_engine, check_multipliers, gradient_norm, skipped
+from dist_fusion.engine.optimizer import build_engine, check_multipliers, gradient_norm, learning_rates, skipped
 from dist_fusion.engine.ranks import start_ranks, stop_ranks
-from dist_fusion.engine.sharding import check_device, ds_config
+from dist_fusion.engine.sharding import check_device, ds_config, sharding
 from dist_fusion.engine.state import full_weights
 from dist_fusion.evaluate import evaluate
-from dist_fusion.facts import measure, table
+from dist_fusion.facts import flops, measure, table
 from dist_fusion.models.execution import Aside, set_execution
 from dist_fusion.models.initial import initialise_from
 from dist_fusion.models.sources import source_digest
 from dist_fusion.models.teachers import Teacher, build_teacher, teach
 from dist_fusion.models.weights import ModelCard, build_model, save_model
-from dist_fusion.monitor.metrics import Interval, Monitor, log, start_console
+from dist_fusion.monitor.board import Board
+from dist_fusion.monitor.console import log, progress_line, start_console
+from dist_fusion.monitor.events import record
+from dist_fusion.monitor.interval import Interval
+from dist_fusion.monitor.peaks import peak_flops
+from dist_fusion.monitor.pictures import Overlays, fixed_batch
 from dist_fusion.preemption import StopRequest
-from dist_fusion.schema import UserError
+from dist_fusion.schema import UserError, leaves
 from dist_fusion.tasks import Task, to_score
 from dist_fusion.tasks.vqa import read_answers
 from dist_fusion.types import meaning_of, to_device
@@ -59,6 +66,7 @@ class Parts(NamedTuple):
     teachers: tuple[Teacher, ...]
     stream: Stream
     dev: Stream | None
+    overlays: Overlays | None
     identity: dict[str, object]  # what must be as it was when the run is continued
 
 
@@ -102,6 +110,10 @@ def prepare(config: Config, device: torch.device) -> Parts:
     dev = None
     if config.evaluate_every:
         dev = Stream(held_out, to_score(tasks), tokenizer, config.model.image_size, plan, endless=False)
+    overlays = None
+    if config.overlays_every():
+        shown = fixed_batch(config.data, tasks, tokenizer, config.model.image_size, config.seed)
+        overlays = Overlays(shown, teachers, tokenizer.entries, device)
     identity = {
         **{f"model.{key}": value for key, value in asdict(config.model).items()},
         "heads": card.heads,
@@ -109,7 +121,7 @@ def prepare(config: Config, device: torch.device) -> Parts:
         "teachers": [source_digest(teacher.source, "teachers") for teacher in config.teachers],
         "samples": stream.num_samples,
     }
-    return Parts(tasks, card, model, teachers, stream, dev, identity)
+    return Parts(tasks, card, model, teachers, stream, dev, overlays, identity)
 
 
 def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torch.device) -> int:
@@ -120,8 +132,10 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torc
     step = checkpoint.resume(engine, run)
     ahead = parts.stream.starting_at(step * config.accumulation)
     batches = load_batches(ahead, config.data.num_workers, pin=device.type == "cuda")
-    monitor, interval, aside = Monitor(run, step, config.steps), Interval(), Aside(device, config.teacher_stream)
-    monitor.quarantine(parts.stream.damages)
+    interval = Interval(device, config.global_batch, config.steps, samples_at_peak(config, parts, ranks, device))
+    board, aside = Board(run, step), Aside(device, config.teacher_stream)
+    begin(config, run, step, board)
+    board.quarantine(parts.stream.damages)
     log.info(
         "%s: step %d of %d, %d samples an epoch, %d ranks", run, step, config.steps, parts.stream.num_samples, ranks
     )
@@ -130,45 +144,88 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torc
         # One optimizer step. Half-gathered gradients are in no checkpoint, so nothing is saved inside.
         loaded = interval.fetch(batches, config.accumulation)
         rows = to_device(distributed.summed(row_weights([one.batch for one in loaded], tasks)), device)
-        learning_rate = base_learning_rate(engine)
+        rates, readings = learning_rates(engine), {}
+        last = step + 1 == config.steps
+        logged = last or (step + 1) % config.log_every == 0
         for one in loaded:
             batch = to_device(one.batch, device)
-            with aside:
+            with aside, interval.phase("teacher"):
                 lessons = teach(parts.teachers, batch)
-            loss = objective(config.distill, tasks, batch, engine(batch), aside.joined(lessons), rows)
-            # DeepSpeed averages over ranks and micro-steps; the loss is a share of a sum over both.
-            engine.backward(loss.total * (ranks * config.accumulation))
-            engine.step()
+            with interval.phase("student"):
+                output = engine(batch)
+                loss = objective(config.distill, tasks, batch, output, aside.joined(lessons), rows)
+            if logged and one is loaded[-1]:
+                readings = attention_readings(output.taps, lessons, few_pairs(one.batch.weights["attention"]))
+            del output  # its taps need not outlive the way back
+            with interval.phase("backward"):
+                # DeepSpeed averages over ranks and micro-steps; the loss is a share of a sum over both.
+                engine.backward(loss.total * (ranks * config.accumulation))
+            with interval.phase("optimizer"):
+                engine.step()
             interval.add(loss.total, loss.terms)
         step += 1
 
-        stopping, last = stop.anywhere(), step == config.steps
+        stopping = stop.anywhere()
         values: dict[str, float] = {}
-        if last or step % config.log_every == 0:
-            values = interval.read(config.global_batch, gradient_norm(engine))
-            values |= {"optimizer/learning_rate": learning_rate, **skipped(engine)}
-            monitor.quarantine(interval.damages)
+        if logged:
+            values = interval.read(step, gradient_norm(engine), readings) | rates | skipped(engine)
+            board.quarantine(interval.damages)
             interval.require_sound(config.data.most_damaged)
-            monitor.progress(step, values)
-        if stopping or last or step % config.save_every == 0:
-            log.info("saved %s", checkpoint.save(engine, run, config, parts.identity, step).folder)
-        if parts.dev and not stopping and (last or step % config.evaluate_every == 0):
-            values |= evaluate(engine, tasks, parts.dev, device).percents("dev")
-        if values:
-            monitor.scalars(step, values)
-            interval.begin()
+            log.info("%s", progress_line(step, config.steps, values))
+        with interval.paused():
+            if stopping or last or step % config.save_every == 0:
+                log.info("saved %s", checkpoint.save(engine, run, config, parts.identity, step).folder)
+            if parts.dev and not stopping and (last or step % config.evaluate_every == 0):
+                scores = evaluate(engine, tasks, parts.dev, device).percents("dev")
+                values |= scores
+                if distributed.rank() == 0:
+                    record(run, "evaluated", step, {"scores": scores})
+            if parts.overlays and not stopping and (last or step % config.overlays_every() == 0):
+                parts.overlays.show(engine, board, step)
+            if values:
+                board.scalars(step, values)
         if stopping and not last:
             log.info("told to stop; start the same command again to continue")
             break
 
-    monitor.close()
+    if step == config.steps:
+        board.compared_by(dict(leaves(asdict(config))))
+    board.close()
     if step < config.steps:
         return CONTINUE
     if distributed.rank() == 0:
         newest = checkpoint.list_whole(run)[-1].folder
         save_model(run, parts.card, full_weights(newest.parent, newest.name))
+        record(run, "finished", step, {})
     distributed.barrier()
     return DONE
+
+
+def begin(config: Config, run: Path, step: int, board: Board) -> None:
+    """Tell the diary and TensorBoard that a life of the run begins. Collective."""
+    hosts = distributed.gathered(socket.gethostname())
+    if step == 0:
+        board.text("recipe", dump(config))
+    if distributed.rank() == 0:
+        told = {"ranks": len(hosts), "hosts": sorted(set(hosts)), "job": os.environ.get("SLURM_JOB_ID")}
+        told |= {"resumed_from": step or None, "versions": checkpoint.versions()}
+        record(run, "started", step, told)
+
+
+def samples_at_peak(config: Config, parts: Parts, ranks: int, device: torch.device) -> float | None:
+    """How many samples a second a rank's device could train at its peak; None, and said why, where that is not known.
+
+    By the multiply-adds of the first micro-batch: as much for the student's way back as twice for its forward, whatever
+    is computed again to save memory.
+    """
+    if device.type != "cuda":
+        return None
+    name, dtype = torch.cuda.get_device_name(device), sharding(ds_config(config, ranks)).dtype
+    peak = peak_flops(name, dtype)
+    if peak is None:
+        log.info("no speed/mfu: the peak of a %s is not in dist_fusion.monitor.peaks", name)
+        return None
+    return peak / flops(measure(config, parts.card, ranks, parts.teachers, next(iter(parts.stream)).batch))
 
 
 def model_card(config: Config, tokenizer: Tokenizer) -> ModelCard:

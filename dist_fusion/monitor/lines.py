@@ -15,12 +15,13 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         with path.open("rb") as file:
             for line in file:
-                tree = _parsed(line)
+                tree = parsed(line)
                 if tree is not None:
                     yield tree
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None if it is torn or no object."""
     try:
         tree = json.loads(line)
     except (ValueError, RecursionError):
