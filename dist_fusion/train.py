@@ -213,19 +213,19 @@ def begin(config: Config, run: Path, step: int, board: Board) -> None:
 
 
 def samples_at_peak(config: Config, parts: Parts, ranks: int, device: torch.device) -> float | None:
-    """How many samples a second a rank's device could train at its peak; None, and said why, where that is not known.
+    """How many samples a second a rank's device could train at its peak, by the operations of its first micro-batch.
 
-    By the multiply-adds of the first micro-batch: as much for the student's way back as twice for its forward, whatever
-    is computed again to save memory.
+    None, and said why, where that is not known; and on all ranks but the first, which alone tells of it.
     """
-    if device.type != "cuda":
+    if distributed.rank() or device.type != "cuda":
         return None
-    name, dtype = torch.cuda.get_device_name(device), sharding(ds_config(config, ranks)).dtype
-    peak = peak_flops(name, dtype)
+    name = torch.cuda.get_device_name(device)
+    peak = peak_flops(name, sharding(ds_config(config, ranks)).dtype)
     if peak is None:
         log.info("no speed/mfu: the peak of a %s is not in dist_fusion.monitor.peaks", name)
         return None
-    return peak / flops(measure(config, parts.card, ranks, parts.teachers, next(iter(parts.stream)).batch))
+    laid = next(iter(parts.stream)).batch
+    return peak * config.micro_batch(ranks) / flops(parts.card, parts.teachers, laid)
 
 
 def model_card(config: Config, tokenizer: Tokenizer) -> ModelCard:
