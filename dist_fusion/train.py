@@ -47,7 +47,7 @@ from dist_fusion.monitor.console import log, progress_line, start_console
 from dist_fusion.monitor.events import record
 from dist_fusion.monitor.interval import Interval
 from dist_fusion.monitor.peaks import peak_flops
-from dist_fusion.monitor.pictures import Overlays, fixed_batch
+from dist_fusion.monitor.pictures import Overlays, fixed_scenes
 from dist_fusion.preemption import StopRequest
 from dist_fusion.schema import UserError, leaves
 from dist_fusion.tasks import Task, to_score
@@ -112,7 +112,7 @@ def prepare(config: Config, device: torch.device) -> Parts:
         dev = Stream(held_out, to_score(tasks), tokenizer, config.model.image_size, plan, endless=False)
     overlays = None
     if config.overlays_every():
-        shown = fixed_batch(config.data, tasks, tokenizer, config.model.image_size, config.seed)
+        shown = fixed_scenes(config.data, tasks, tokenizer, config.model.image_size, config.seed)
         overlays = Overlays(shown, teachers, tokenizer.entries, device)
     identity = {
         **{f"model.{key}": value for key, value in asdict(config.model).items()},
