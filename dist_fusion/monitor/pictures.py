@@ -105,9 +105,10 @@ def draw(scenes: Sequence[Scene], seen: Sequence[Heat], entries: Sequence[str]) 
     from matplotlib.figure import Figure
 
     tokens = [(one, word) for one in scenes for word in one.words]
-    figure = Figure(figsize=(INCH * (1 + len(seen)), INCH * 1.15 * len(tokens)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(INCH * (1 + len(seen)), INCH * 1.2 * len(tokens)), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(len(tokens), 1 + len(seen), squeeze=False)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.25 / len(tokens), wspace=0.05, hspace=0.25)
     for number, ((one, word), row) in enumerate(zip(tokens, axes, strict=True)):
         pixels = (one.batch.images[one.batch.pairs[one.pair, 0]].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy()
         size = pixels.shape[0]
