@@ -40,7 +40,7 @@ from dist_fusion.models.initial import initialise_from
 from dist_fusion.models.sources import source_digest
 from dist_fusion.models.teachers import Teacher, build_teacher, teach
 from dist_fusion.models.weights import ModelCard, build_model, save_model
-from dist_fusion.monitor import Interval, Monitor, log, start_console
+from dist_fusion.monitor.metrics import Interval, Monitor, log, start_console
 from dist_fusion.preemption import StopRequest
 from dist_fusion.schema import UserError
 from dist_fusion.tasks import Task, to_score

@@ -4,7 +4,7 @@ from math import inf, nan
 import torch
 
 from dist_fusion.data.stream import Loaded
-from dist_fusion.monitor import Interval, Monitor
+from dist_fusion.monitor.metrics import Interval, Monitor
 from tests import tiny
 
 
