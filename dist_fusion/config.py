@@ -285,7 +285,9 @@ def check(config: Config) -> None:
     if config.keep_checkpoints < 2:
         raise UserError("keep_checkpoints must be at least 2: one may be broken while it is written")
     if config.health.spike and config.health.spike <= 1:
-        raise UserError(f"health.spike is {config.health.spike}; it must be above 1 (times the usual loss), or 0 for never")
+        raise UserError(
+            f"health.spike is {config.health.spike}; it must be above 1 (times the usual loss), or 0 for never"
+        )
     if config.keep_best and not config.evaluate_every:
         raise UserError(f"keep_best is {config.keep_best!r}, a score on data.dev; set evaluate_every, too")
     folder = Path(config.name)

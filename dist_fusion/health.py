@@ -1,7 +1,7 @@
 """Steps that went wrong, and runs that stand still: dropped, counted, told, and ended before they cost a night."""
 
 import faulthandler
-import logging
+import math
 import os
 import statistics
 import sys
@@ -15,10 +15,14 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from dist_fusion import distributed
-from dist_fusion.engine.steps import NAMED, Steps
+from dist_fusion.checkpoint.manifest import list_whole
+from dist_fusion.config import HealthConfig
+from dist_fusion.distill import Loss
+from dist_fusion.engine.steps import Steps
+from dist_fusion.monitor.events import FILE, read_events, record
+from dist_fusion.monitor.metrics import log
 
 T = TypeVar("T")
-log = logging.getLogger("dist_fusion")
 LOWER = 16.0
 """By what the loss scale is divided when a run goes back."""
 RECENT = 50
@@ -38,62 +42,99 @@ class Unhealthy(RuntimeError):
 class Health:
     """Judges each step of a run, on all ranks alike."""
 
-    def __init__(self, streak: int, spike: float, steps: Steps, recent: Iterable[float] = ()):
-        self._most, self._spike, self._steps = streak, spike, steps
+    def __init__(self, config: HealthConfig, steps: Steps, run: Path):
+        self._config, self._steps, self._run = config, steps, run
         self._streak = 0
         self._terms: dict[str, Tensor] = {}
         self._spiked = ""
-        self.recent = deque(recent, RECENT)  # losses of the last steps that were made
+        self.recent: deque[float] = deque(
+            maxlen=RECENT
+        )  # losses of the last steps that were made, if spikes are sought
         self.dropped = 0  # steps of this life
 
-    def watched(self, total: Tensor, terms: Mapping[str, Tensor], *, last: bool) -> Tensor:
-        """`total`, a micro-step's share of the loss, or what drops the step if its loss is a spike.
+    def begin(self, recent: Iterable[float]) -> None:
+        """Begin at a checkpoint; again, with a lower loss scale, if the run went back to it."""
+        self.recent = deque(recent, RECENT)
+        if self._streak:
+            self._steps.lower_scale(LOWER)
+        self._streak = 0
 
-        A spike is more than `health.spike` times the median of the last losses. The rule reads the loss from the
+    def watched(self, loss: Loss, *, last: bool) -> Tensor:
+        """The total of `loss`, a micro-step's share, or what drops the step if its loss is a spike.
+
+        A spike is more than `health.spike` times the median of the last losses. That rule reads the loss from the
         device at every step; without it nothing is read here. Collective at the last micro-step.
         """
-        for name, value in {"total": total, **terms}.items():
+        for name, value in {"total": loss.total, **loss.terms}.items():
             self._terms[name] = value.detach() + self._terms.get(name, 0.0)
-        if not (self._spike and last):
-            return total
-        loss = float(distributed.summed(self._terms["total"]))
-        usual = statistics.median(self.recent) if len(self.recent) >= RECENT // 2 else float("inf")
-        if loss > self._spike * usual:
-            self._spiked = f"its loss {loss:.4g} is more than {self._spike:g} times {usual:.4g}, the median of the last"
-            return self._steps.drop(total)
-        if loss == loss:
-            self.recent.append(loss)
-        return total
+        if not (self._config.spike and last):
+            return loss.total
+        total = float(distributed.summed(self._terms["total"]))
+        usual = statistics.median(self.recent) if len(self.recent) >= RECENT // 2 else math.inf
+        if total > self._config.spike * usual:
+            self._spiked = (
+                f"its loss {total:.4g} is more than {self._config.spike:g} times {usual:.4g}, the median of the last"
+            )
+            return self._steps.drop(loss.total)
+        if math.isfinite(total):
+            self.recent.append(total)
+        return loss.total
 
-    def of_step(self) -> str:
-        """What was wrong with the step that was just made; empty if nothing was. Collective."""
+    def look(self, step: int) -> None:
+        """Say what was wrong with the step that was just made, if anything. Collective."""
         terms, self._terms = self._terms, {}
         spiked, self._spiked = self._spiked, ""
         if self._steps.applied:
             self._streak = 0
-            return ""
+            return
         self._streak += 1
         self.dropped += 1
-        if spiked:
-            return spiked
-        losses = [name for name, value in terms.items() if not value.isfinite()]
+        what = spiked or self._not_finite(terms)
+        if distributed.rank() == 0:
+            log.warning("step %d is dropped on all ranks: %s", step, what)
+            record(self._run, "skipped", step, {"what": what})
+
+    def _not_finite(self, terms: Mapping[str, Tensor]) -> str:
+        losses = [f"loss {name}" for name, value in terms.items() if not value.isfinite()]
         told = [
-            f"rank {rank}: {', '.join([*(f'loss {name}' for name in bad), *weights])}"
-            for rank, (bad, weights) in enumerate(distributed.gathered((losses, self._steps.at_fault)))
-            if bad or weights
+            f"rank {rank}: {', '.join(names)}"
+            for rank, names in enumerate(distributed.gathered([*losses, *self._steps.at_fault]))
+            if names
         ]
-        return f"not finite: {'; '.join(told) or 'the norm of the gradients'} (the first {NAMED} of each rank)"
+        return f"not finite: {'; '.join(told) or 'the norm of the gradients'}"
 
     @property
     def hopeless(self) -> bool:
         """Whether so many steps in a row were dropped, or the loss scale is so low, that more of the same is no use."""
-        return self._streak >= self._most or (self._streak > 0 and self._steps.at_floor)
+        return self._streak >= self._config.streak or (self._streak > 0 and self._steps.at_floor)
 
-    def back(self, recent: Iterable[float]) -> None:
-        """Begin again from a checkpoint, with a lower loss scale."""
-        self._streak = 0
-        self.recent = deque(recent, RECENT)
-        self._steps.lower_scale(LOWER)
+    def require_way_back(self, step: int) -> None:
+        """Write down that the run goes back to its newest checkpoint. Collective.
+
+        Raises:
+            Unhealthy: if there is none, or the run went back there before.
+        """
+        problem = distributed.from_first(self._go_back(step) if distributed.rank() == 0 else "")
+        if problem:
+            raise Unhealthy(problem)
+
+    def _go_back(self, step: int) -> str:
+        whole = list_whole(self._run)
+        before = {event.details.get("to") for event in read_events(self._run) if event.kind == "rolled back"}
+        why = f"{self._streak} steps in a row up to step {step} were dropped"
+        if self._steps.at_floor:
+            why += ", with the loss scale at its least"
+        advice = (
+            f"{self._run / FILE} says what was not finite in each. A lower optimizer.learning_rate or another "
+            "precision (deepspeed=…) in a new run may help, or other data"
+        )
+        if not whole:
+            return f"{why}, and there is no checkpoint to go back to; {advice}"
+        if whole[-1].step in before:
+            return f"{why}, also after going back to step {whole[-1].step}; {advice}"
+        log.warning("%s; going back to step %d", why, whole[-1].step)
+        record(self._run, "rolled back", step, {"to": whole[-1].step, "why": why})
+        return ""
 
 
 class Watch:

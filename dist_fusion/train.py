@@ -4,25 +4,30 @@
     torchrun -m dist_fusion.train RECIPE [key=value …]            the same
     python -m dist_fusion.train RECIPE [key=value …] --dry-run    check and show, start nothing
 
+The same command resumes a run that was stopped, on as many ranks or on others.
+
 Exit codes: 0 done; 75 saved, continue me (start the same command again); 2 the user's mistake; 1 failure.
 """
 
 import json
 import os
-import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
-from dist_fusion import checkpoint, distributed
+from dist_fusion import distributed
+from dist_fusion.checkpoint.folder import claim, folder_of
+from dist_fusion.checkpoint.manifest import Position, list_committed, list_whole
+from dist_fusion.checkpoint.randomness import seed_everything
+from dist_fusion.checkpoint.resuming import resume
+from dist_fusion.checkpoint.saving import Saver
 from dist_fusion.config import Config, dump, load
 from dist_fusion.data.remote import is_remote
 from dist_fusion.data.shards import find_shards
@@ -33,13 +38,16 @@ from dist_fusion.engine.optimizer import base_learning_rate, build_engine, check
 from dist_fusion.engine.ranks import start_ranks, stop_ranks
 from dist_fusion.engine.sharding import check_device, ds_config
 from dist_fusion.engine.state import full_weights
+from dist_fusion.engine.steps import Steps
 from dist_fusion.evaluate import evaluate
 from dist_fusion.facts import measure, table
+from dist_fusion.health import Health, Unhealthy, Watch, record_flights
 from dist_fusion.models.execution import Aside, set_execution
 from dist_fusion.models.initial import initialise_from
 from dist_fusion.models.sources import source_digest
 from dist_fusion.models.teachers import Teacher, build_teacher, teach
 from dist_fusion.models.weights import ModelCard, build_model, save_model
+from dist_fusion.monitor.events import record
 from dist_fusion.monitor.metrics import Interval, Monitor, log, start_console
 from dist_fusion.preemption import StopRequest
 from dist_fusion.schema import UserError
@@ -47,7 +55,7 @@ from dist_fusion.tasks import Task, to_score
 from dist_fusion.tasks.vqa import read_answers
 from dist_fusion.types import meaning_of, to_device
 
-DONE, CONTINUE, MISTAKE = 0, 75, 2
+DONE, FAILURE, MISTAKE, CONTINUE = 0, 1, 2, 75
 
 
 class Parts(NamedTuple):
@@ -67,19 +75,24 @@ def train(config: Config, device: torch.device) -> int:
 
     Raises:
         UserError: for whatever is wrong with the recipe, its files or its run, before anything is changed.
+        Unhealthy: if the run is of no use to continue as it is.
     """
     sharding = ds_config(config, distributed.world_size())
     check_device(config, sharding, device)
     parts = prepare(config, device)
-    with checkpoint.claim(config, sharding, parts.identity) as run:
+    with claim(config, sharding, parts.identity) as run:
         if distributed.from_first((run / "model.safetensors").exists()):
             log.info("%s has ended; its model is there", run)
             return DONE
-        stop = StopRequest(run / "STOP")
-        (run / "logs" / f"rank-{distributed.rank()}.pid").write_text(f"{os.getpid()}\n")
+        logs = run / "logs"
+        record_flights(os.environ, logs)
+        stop = StopRequest(run / "STOP", config.time_budget)
+        watch = Watch(config.health.hang_minutes, logs / f"rank-{distributed.rank()}.stacks")
+        (logs / f"rank-{distributed.rank()}.pid").write_text(f"{os.getpid()}\n")
         try:
-            return fit(config, parts, run, stop, device)
+            return fit(config, parts, run, stop, watch, device)
         finally:
+            watch.close()
             stop.close()
 
 
@@ -92,7 +105,8 @@ def prepare(config: Config, device: torch.device) -> Parts:
     model = build_model(card)
     check_multipliers(model, config.optimizer.multipliers)
     set_execution(model, activation_checkpointing=config.activation_checkpointing, compile=config.compile)
-    if config.initialise_from:
+    goes_on = distributed.from_first(bool(list_committed(folder_of(config))))
+    if config.initialise_from and not goes_on:
         fresh = initialise_from(model, card, config.initialise_from, "initialise_from")
         log.info("weights from %s; new heads: %s", config.initialise_from, ", ".join(fresh) or "none")
     teachers = build_teachers(config, card, device)
@@ -112,62 +126,111 @@ def prepare(config: Config, device: torch.device) -> Parts:
     return Parts(tasks, card, model, teachers, stream, dev, identity)
 
 
-def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torch.device) -> int:
-    """The loop, from the newest checkpoint on; returns the exit code. Collective."""
-    ranks, tasks = distributed.world_size(), parts.tasks
-    engine = build_engine(parts.model.to(device), config, ranks)
+def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, watch: Watch, device: torch.device) -> int:
+    """From the newest checkpoint to the end, or until told to stop; returns the exit code. Collective.
+
+    A run that does not get on goes back to its newest checkpoint, once.
+    """
+    engine = build_engine(parts.model.to(device), config, distributed.world_size())
     seed_everything(config.seed + 1 + distributed.rank())
-    step = checkpoint.resume(engine, run)
-    ahead = parts.stream.starting_at(step * config.accumulation)
+    saver = Saver(engine, run, config, parts.identity, parts.stream.num_samples)
+    health = Health(config.health, Steps(engine), run)
+    code = None
+    try:
+        while code is None:
+            position = resume(engine, run, config.seed)
+            health.begin(position.recent)
+            code = go_on(config, parts, run, Life(engine, saver, health, stop, watch), position, device)
+    finally:
+        saver.close()
+    if code == DONE and distributed.rank() == 0:
+        save_model(run, parts.card, full_weights(list_whole(run)[-1].folder))
+        record(run, "finished", config.steps, {})
+    distributed.barrier()
+    return code
+
+
+class Life(NamedTuple):
+    """What looks after a run while it goes on."""
+
+    engine: Any
+    saver: Saver
+    health: Health
+    stop: StopRequest
+    watch: Watch
+
+
+def go_on(config: Config, parts: Parts, run: Path, life: Life, position: Position, device: torch.device) -> int | None:
+    """The loop, from `position` on; returns the exit code, or None to go back to the last checkpoint. Collective."""
+    ranks, tasks, (engine, saver, health, stop, watch) = distributed.world_size(), parts.tasks, life
+    ahead = parts.stream.starting_at(position.step * config.accumulation)
     batches = load_batches(ahead, config.data.num_workers, pin=device.type == "cuda")
-    monitor, interval, aside = Monitor(run, step, config.steps), Interval(), Aside(device, config.teacher_stream)
+    monitor, interval = Monitor(run, position.step, config.steps), Interval()
+    aside = Aside(device, config.teacher_stream)
     monitor.quarantine(parts.stream.damages)
     log.info(
-        "%s: step %d of %d, %d samples an epoch, %d ranks", run, step, config.steps, parts.stream.num_samples, ranks
-    )
+        "%s: step %d of %d, %d samples an epoch, %d ranks",
+        run, position.step, config.steps, parts.stream.num_samples, ranks,
+    )  # fmt: skip
 
-    while step < config.steps:
+    while True:
+        if parts.dev and position.owes_scores(config.evaluate_every, config.steps):
+            scores = evaluate(engine, tasks, watch.over(parts.dev), device).percents("dev")
+            monitor.scalars(position.step, scores)
+            position, better = position.with_score(scores, config.keep_best)
+            if better and saver.last != position.step:
+                saver.begin(position)
+            interval.begin()
+        if position.step == config.steps:
+            break
+
         # One optimizer step. Half-gathered gradients are in no checkpoint, so nothing is saved inside.
         loaded = interval.fetch(batches, config.accumulation)
         rows = to_device(distributed.summed(row_weights([one.batch for one in loaded], tasks)), device)
         learning_rate = base_learning_rate(engine)
-        for one in loaded:
+        for number, one in enumerate(loaded, 1):
             batch = to_device(one.batch, device)
             with aside:
                 lessons = teach(parts.teachers, batch)
             loss = objective(config.distill, tasks, batch, engine(batch), aside.joined(lessons), rows)
+            total = health.watched(loss, last=number == len(loaded))
             # DeepSpeed averages over ranks and micro-steps; the loss is a share of a sum over both.
-            engine.backward(loss.total * (ranks * config.accumulation))
+            engine.backward(total * (ranks * config.accumulation))
+            saver.hold()
             engine.step()
             interval.add(loss.total, loss.terms)
-        step += 1
+        position = position._replace(step=position.step + 1, recent=(*health.recent,))
+        step = position.step
+        watch.beat()
 
-        stopping, last = stop.anywhere(), step == config.steps
-        values: dict[str, float] = {}
-        if last or step % config.log_every == 0:
+        health.look(step)
+        told, writing, due = distributed.on_any_rank(bool(stop.reason()), saver.busy, saver.due)
+        if step == config.steps or step % config.log_every == 0:
             values = interval.read(config.global_batch, gradient_norm(engine))
             values |= {"optimizer/learning_rate": learning_rate, **skipped(engine)}
             monitor.quarantine(interval.damages)
             interval.require_sound(config.data.most_damaged)
             monitor.progress(step, values)
-        if stopping or last or step % config.save_every == 0:
-            log.info("saved %s", checkpoint.save(engine, run, config, parts.identity, step).folder)
-        if parts.dev and not stopping and (last or step % config.evaluate_every == 0):
-            values |= evaluate(engine, tasks, parts.dev, device).percents("dev")
-        if values:
             monitor.scalars(step, values)
             interval.begin()
-        if stopping and not last:
-            log.info("told to stop; start the same command again to continue")
-            break
+        if health.hopeless:
+            health.require_way_back(step)
+            monitor.close()
+            saver.finish()
+            return None
+        if not writing:
+            saver.finish()
+        if told or due or step == config.steps or step % config.save_every == 0:
+            saver.begin(position)
+        if told:
+            saver.finish()
+            by = ", ".join(dict.fromkeys(reason for reason in distributed.gathered(stop.reason()) if reason))
+            log.info("told to stop (%s); start the same command again to continue", by)
+            monitor.close()
+            return CONTINUE
 
+    saver.finish()
     monitor.close()
-    if step < config.steps:
-        return CONTINUE
-    if distributed.rank() == 0:
-        newest = checkpoint.list_whole(run)[-1].folder
-        save_model(run, parts.card, full_weights(newest.parent, newest.name))
-    distributed.barrier()
     return DONE
 
 
@@ -185,13 +248,6 @@ def build_teachers(config: Config, card: ModelCard, device: torch.device) -> tup
         answers = meaning_of([*read_answers(one.answers, f"{key}.answers").number]) if one.answers else ""
         teachers.append(build_teacher(one, card, config.soft_tasks(one), answers, device, key))
     return tuple(teachers)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's and torch's generators of this rank."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def describe(config: Config, ranks: int) -> tuple[str, list[str]]:
@@ -264,10 +320,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if lacking:
                 raise UserError("it cannot start yet:\n  " + "\n  ".join(lacking))
             return DONE
+        record_flights(os.environ)
         device = start_ranks()
         start_console()
         try:
             return train(config, device)
+        except Unhealthy as error:
+            if distributed.rank() == 0:
+                sys.stderr.write(f"dist-fusion: {error}\n")
+            return FAILURE
         finally:
             stop_ranks()
     except UserError as error:

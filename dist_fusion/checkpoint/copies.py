@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-
 Frozen = tuple[list[Any], Any]
 """The leaves of a state, and its form."""
 
@@ -32,7 +31,8 @@ class Copies:
         """Everything of `states` but the tensors as it is now, with the tensors themselves. At once."""
         frozen = []
         for state in states:
-            leaves, form = tree_flatten(state)
+            # torch.Size would come back as a plain tuple, which DeepSpeed does not take.
+            leaves, form = tree_flatten(state, is_leaf=lambda part: isinstance(part, torch.Size))
             frozen.append(([leaf if isinstance(leaf, Tensor) else copy.deepcopy(leaf) for leaf in leaves], form))
         self._now = torch.cuda.current_stream(self._device).record_event() if self._stream else None
         self._free.clear()

@@ -4,11 +4,12 @@ The manifest is written last, when every file of every rank is on disk and was r
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_fusion.checkpoint.writing import Written, digest
+from dist_fusion.schema import UserError, nearest
 
 MANIFEST = "manifest.json"
 DAMAGED = "manifest.json.damaged"
@@ -20,8 +21,31 @@ class Position(NamedTuple):
 
     step: int = 0  # optimizer steps done
     scored: int = 0  # the step of the last scores on held-out data
-    best: float | None = None  # of the score that keep_best names
+    best: float | None = None  # of the score that keep_best names, in percent
     best_step: int = 0
+    recent: Sequence[float] = ()  # losses, where a spike is looked for
+
+    def owes_scores(self, every: int, steps: int) -> bool:
+        """Whether held-out data must be scored before the next step."""
+        return self.scored < self.step and (self.step % every == 0 or self.step == steps)
+
+    def with_score(self, scores: Mapping[str, float], name: str) -> tuple["Position", bool]:
+        """The position after these `scores`, and whether that of `name`, if one is named, is the best so far.
+
+        Raises:
+            UserError: if there is no score of this name.
+        """
+        here = self._replace(scored=self.step)
+        if not name:
+            return here, False
+        if name not in scores:
+            raise UserError(
+                f"keep_best is {name!r}, and no score has this name{nearest(name, scores)}; there are "
+                f"{', '.join(scores)}"
+            )
+        if self.best is not None and scores[name] <= self.best:
+            return here, False
+        return here._replace(best=scores[name], best_step=self.step), True
 
 
 class Saved(NamedTuple):

@@ -1,6 +1,5 @@
 """Resuming: the newest checkpoint that is whole to the last byte, chosen by rank 0 for all."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from dist_fusion.checkpoint.manifest import (
 )
 from dist_fusion.checkpoint.randomness import derived_seed, restore_random_state, seed_everything
 from dist_fusion.engine import elastic, state
+from dist_fusion.monitor.events import record
+from dist_fusion.monitor.metrics import log
 from dist_fusion.schema import UserError
-
-log = logging.getLogger("dist_fusion")
 
 
 def resume(engine: Any, run: Path, seed: int) -> Position:
@@ -63,6 +62,8 @@ def _newest_whole(run: Path) -> Path | None:
         refused.append(f"{folder.name} ({'; '.join(wrong[:3])})")
         if distributed.rank() == 0:
             log.warning("DAMAGED checkpoint %s: %s; taking the one before it", folder, "; ".join(wrong))
+            step = int(folder.name.removeprefix("step-"))
+            record(run, "refused checkpoint", step, {"folder": folder.name, "why": wrong})
             (folder / MANIFEST).replace(folder / DAMAGED)  # so that it does not count as one that is kept
     if refused:
         raise UserError(

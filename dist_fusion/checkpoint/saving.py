@@ -19,12 +19,14 @@ from torch.utils._pytree import tree_leaves
 from dist_fusion import distributed
 from dist_fusion.checkpoint.copies import Copies
 from dist_fusion.checkpoint.folder import as_json, versions
-from dist_fusion.checkpoint.manifest import MANIFEST, Position, Saved, as_files, folder_at, list_whole
+from dist_fusion.checkpoint.manifest import MANIFEST, Position, as_files, folder_at, list_whole
 from dist_fusion.checkpoint.randomness import random_state
 from dist_fusion.checkpoint.retention import superseded
 from dist_fusion.checkpoint.writing import Written, write_state, write_text
 from dist_fusion.config import Config
 from dist_fusion.engine import state
+from dist_fusion.monitor.events import record
+from dist_fusion.monitor.metrics import log
 from dist_fusion.schema import UserError
 
 NICE = 10
@@ -40,14 +42,6 @@ class Part(NamedTuple):
     problem: str = ""  # why it is not all there
 
 
-class Done(NamedTuple):
-    """A checkpoint that has just been made."""
-
-    saved: Saved
-    seconds: float  # since it was begun
-    size: int  # bytes, of all ranks
-
-
 class Saver:
     """Makes the checkpoints of a run, one at a time, and lets go of those that nobody needs any more."""
 
@@ -57,6 +51,8 @@ class Saver:
         self._copies = Copies(engine.device)
         self._thread: threading.Thread | None = None
         self._deleting: threading.Thread | None = None
+        self.last = -1  # the step of the last save that was begun
+        self._since = time.monotonic()
         self._delete([folder for folder in (run / "checkpoints").glob("step-*") if not (folder / MANIFEST).exists()])
 
     @property
@@ -64,14 +60,21 @@ class Saver:
         """Whether this rank is still writing."""
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a save again; rank 0 has the clock."""
+        minutes = (time.monotonic() - self._since) / 60
+        return distributed.rank() == 0 and 0 < self._config.save_minutes < minutes
+
     def begin(self, position: Position) -> None:
         """Save the run as it is now: at once, or with `save_async` beside the next steps. Collective.
 
         Raises:
             UserError: where it cannot be written; the checkpoints before it are as they were.
         """
-        assert self._thread is None, "the last save is not finished"
+        self.finish()
         self._position, self._began = position, time.monotonic()
+        self.last, self._since = position.step, self._began
         self._folder = folder_at(self._run, position.step)
         self._settle()
         self._all(self._make_room() if distributed.rank() == 0 else "")
@@ -92,25 +95,25 @@ class Saver:
         """Wait until weights may change. Before each of the optimizer's steps."""
         self._copies.hold()
 
-    def finish(self) -> Done | None:
+    def finish(self) -> None:
         """Wait for the save that was begun, if any, and make it a checkpoint. Collective.
 
         Raises:
             UserError: if a rank could not write its part; then it is gone, and the checkpoints before it are whole.
         """
         if self._thread is None:
-            return None
+            return
         self._thread.join()
         self._thread = None
         parts = distributed.gathered(self._part)
         told = [f"rank {rank}: {part.problem}" for rank, part in enumerate(parts) if part.problem]
         written = [one for part in parts for one in part.written]
         self._all("; ".join(told) or (self._commit(written) if distributed.rank() == 0 else ""))
-        return Done(
-            Saved(self._folder, self._position.step),
-            time.monotonic() - self._began,
-            sum(one.size for one in written),
-        )
+        seconds, size = time.monotonic() - self._began, sum(one.size for one in written)
+        if distributed.rank() == 0:
+            details = {"folder": self._folder.name, "seconds": round(seconds, 3), "bytes": size}
+            record(self._run, "saved", self._position.step, details)
+            log.info("saved %s (%s in %.1f s)", self._folder, _gb(size), seconds)
 
     def close(self) -> None:
         """Wait for what is still being written or deleted; a save that was not finished is no checkpoint."""
@@ -166,8 +169,8 @@ class Saver:
             lacking = _not_seen(self._folder, written)
             if lacking:
                 return (
-                    f"rank 0 does not see {', '.join(lacking)}, which other ranks have written; the folder of a run must "
-                    "be on a file system that all nodes share"
+                    f"rank 0 does not see {', '.join(lacking)}, which other ranks have written; the folder of a run "
+                    "must be on a file system that all nodes share"
                 )
             tree = {
                 "step": self._position.step,
@@ -212,7 +215,7 @@ class Saver:
 
 def _remove(folders: Sequence[Path]) -> None:
     for folder in folders:
-        # What cannot be deleted now (a file that is open elsewhere) has no manifest, and goes when the run starts again.
+        # What cannot be deleted now (a file that is open elsewhere) has no manifest; it goes when the run starts again.
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -39,7 +39,7 @@ class Steps:
         return bool(scaler.dynamic and scaler.cur_scale <= scaler.min_scale)
 
     def drop(self, loss: Tensor) -> Tensor:
-        """A loss in the place of `loss` by which the step will be dropped on all ranks. The loss scale is left alone."""
+        """What to learn from in place of `loss`, so that all ranks drop the step. The loss scale is left alone."""
         self._dropping = True
         return loss * torch.nan
 
