@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import dist_fusion
-from dist_fusion import train
+from dist_fusion import status, train
 from dist_fusion.bench.run import BENCHES, DEVICES, bench
 from dist_fusion.config import RECIPES, load
 from dist_fusion.data.index import outlines
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fastest = "cuda" if torch.cuda.is_available() else "cpu"
     one.add_argument("--device", default=fastest, choices=("cpu", "cuda"), help=f"{fastest} if not given")
     one.add_argument("--task", nargs="+", default=[], help="of the run's tasks; all if not given")
+
+    status.add_arguments(commands.add_parser("status", help="how a run is doing, or all runs of a folder"))
 
     one = commands.add_parser(
         "prepare",
@@ -140,6 +142,11 @@ def _evaluate(given: argparse.Namespace) -> int:
     return train.DONE
 
 
+def _status(given: argparse.Namespace) -> int:
+    sys.stdout.write(status.show(given.run, given.json))
+    return train.DONE
+
+
 def _prepare(given: argparse.Namespace) -> int:
     if given.workers < 1:
         raise UserError(f"--workers is {given.workers}; it must be at least 1")
@@ -181,6 +188,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "demo": _demo,
     "train": _train,
     "evaluate": _evaluate,
+    "status": _status,
     "prepare": _prepare,
     "index": _index,
     "inspect": _inspect,

@@ -86,6 +86,7 @@ class Config:
     keep_best: str = ""  # and the one with the best score of this name, such as dev/vqa/accuracy
     time_budget: float = 0.0  # minutes, after which the run saves and ends with code 75; 0 is none
     evaluate_every: int = 0  # steps; scores on data.dev, 0 is never
+    overlay_every: int | None = None  # steps; pictures of attention in TensorBoard, evaluate_every if null, 0 is never
     log_every: int = 10  # steps
     health: HealthConfig = field(default_factory=HealthConfig)
     trust_run: bool = False  # continue a run whose folder is another user's: its checkpoints could run code
@@ -94,6 +95,10 @@ class Config:
     def active_tasks(self) -> dict[str, Task]:
         """The recipe's tasks by name, in the order of TASKS."""
         return {name: task for name in TASKS if (task := getattr(self.tasks, name)) is not None}
+
+    def overlays_every(self) -> int:
+        """Steps from one picture of attention to the next; 0 is never."""
+        return self.evaluate_every if self.overlay_every is None else self.overlay_every
 
     def soft_tasks(self, teacher: TeacherConfig) -> tuple[str, ...]:
         """The tasks whose soft labels one of the teachers gives."""
@@ -251,6 +256,7 @@ def check(config: Config) -> None:
         ("health.hang_minutes", config.health.hang_minutes, 0.01, inf),
         ("log_every", config.log_every, 1, inf),
         ("evaluate_every", config.evaluate_every, 0, inf),
+        ("overlay_every", config.overlays_every(), 0, inf),
         ("optimizer.learning_rate", config.optimizer.learning_rate, 0, inf),
         ("optimizer.weight_decay", config.optimizer.weight_decay, 0, inf),
         ("optimizer.clip", config.optimizer.clip, 0, inf),

@@ -35,6 +35,15 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def by_rank(values: Tensor) -> Tensor:
+    """Every rank's `values` [n], as [ranks, n], on every rank. Collective."""
+    if world_size() == 1:
+        return values[None]
+    everyone = values.new_empty(world_size(), *values.shape)
+    dist.all_gather(list(everyone.unbind(0)), values)
+    return everyone
+
+
 def on_any_rank(*flags: bool) -> list[bool]:
     """For each flag, whether it is set on at least one rank. Collective."""
     if world_size() == 1:

@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_fusion import distributed
 from dist_fusion.data.stream import Loaded
-from dist_fusion.monitor.metrics import log
+from dist_fusion.monitor.console import log
 from dist_fusion.tasks import Task
 from dist_fusion.tasks.measures import Confusion, Judged, Score, Verdict, confusion, score_by_kind
 from dist_fusion.types import Target, to_device

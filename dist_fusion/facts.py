@@ -64,14 +64,17 @@ class Facts(NamedTuple):
     shape: str  # of the sample that was counted, in words
 
 
-def measure(config: Config, card: ModelCard, ranks: int, teachers: Sequence[Teacher]) -> Facts:
+def measure(
+    config: Config, card: ModelCard, ranks: int, teachers: Sequence[Teacher], laid: Batch | None = None
+) -> Facts:
     """The facts of what `config` trains on so many ranks, with its teachers or others of their sizes.
 
-    Raises UserError like `ds_config`.
+    They are of the micro-batch `laid`, or of one with the longest texts. No random numbers are drawn. Raises UserError
+    like `ds_config`.
     """
     tasks, size, samples = config.active_tasks(), config.model.image_size, config.micro_batch(ranks)
     shards = sharding(ds_config(config, ranks))
-    laid = longest_batch(config, card, samples)
+    laid = longest_batch(config, card, samples) if laid is None else laid
     rows = row_weights([laid], tasks)
     with torch.device("meta"):
         student = build_model(card).to(shards.dtype)
@@ -82,8 +85,9 @@ def measure(config: Config, card: ModelCard, ranks: int, teachers: Sequence[Teac
         lessons: list[Lesson] = []
         taught: dict[str, Part] = {}
         for teacher in teachers:
+            state = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in teacher.model.state_dict().items()}
             with flop_counter() as counts, torch.no_grad():
-                output = teacher.model(batch)
+                output = torch.func.functional_call(teacher.model, state, (batch,))  # wherever its weights are
             lessons.append(Lesson(output, teacher.weight, teacher.soft, teacher.head_map))
             for name, part in _parts(teacher.model, counts, samples).items():
                 known = taught.get(name, Part(0, 0.0))
@@ -216,6 +220,12 @@ def _parts(model: nn.Module, counter: FlopCounterMode, samples: int) -> dict[str
         name: Part(sum(p.numel() for p in part.parameters()), multiply_adds(part, f"{whole}.{name}"))
         for name, part in model.named_children()
     }
+
+
+def flops(facts: Facts) -> float:
+    """Floating-point operations that training on a sample takes: the student's way back counts as two forwards."""
+    student, teacher = (sum(part.multiply_adds for part in one.values()) for one in (facts.student, facts.teacher))
+    return 2 * (3 * student + teacher)
 
 
 def table(facts: Facts) -> str:

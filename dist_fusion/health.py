@@ -19,8 +19,8 @@ from dist_fusion.checkpoint.manifest import list_whole
 from dist_fusion.config import HealthConfig
 from dist_fusion.distill import Loss
 from dist_fusion.engine.steps import Steps
+from dist_fusion.monitor.console import log
 from dist_fusion.monitor.events import FILE, read_events, record
-from dist_fusion.monitor.metrics import log
 
 T = TypeVar("T")
 LOWER = 16.0
@@ -80,19 +80,20 @@ class Health:
             self.recent.append(total)
         return loss.total
 
-    def look(self, step: int) -> None:
-        """Say what was wrong with the step that was just made, if anything. Collective."""
+    def look(self, step: int) -> bool:
+        """Whether the step that was just made changed the weights; says what was wrong if not. Collective."""
         terms, self._terms = self._terms, {}
         spiked, self._spiked = self._spiked, ""
         if self._steps.applied:
             self._streak = 0
-            return
+            return True
         self._streak += 1
         self.dropped += 1
         what = spiked or self._not_finite(terms)
         if distributed.rank() == 0:
             log.warning("step %d is dropped on all ranks: %s", step, what)
             record(self._run, "skipped", step, {"what": what})
+        return False
 
     def _not_finite(self, terms: Mapping[str, Tensor]) -> str:
         losses = [f"loss {name}" for name, value in terms.items() if not value.isfinite()]

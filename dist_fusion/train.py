@@ -11,6 +11,7 @@ Exit codes: 0 done; 75 saved, continue me (start the same command again); 2 the 
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ import torch
 from torch import nn
 
 from dist_fusion import distributed
-from dist_fusion.checkpoint.folder import claim, folder_of
+from dist_fusion.agreement import attention_readings, few_pairs
+from dist_fusion.checkpoint.folder import claim, folder_of, versions
 from dist_fusion.checkpoint.manifest import Position, list_committed, list_whole
 from dist_fusion.checkpoint.randomness import seed_everything
 from dist_fusion.checkpoint.resuming import resume
@@ -34,23 +36,27 @@ from dist_fusion.data.shards import find_shards
 from dist_fusion.data.stream import Plan, Stream, load_batches
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.distill import objective, row_weights
-from dist_fusion.engine.optimizer import base_learning_rate, build_engine, check_multipliers, gradient_norm, skipped
+from dist_fusion.engine.optimizer import build_engine, check_multipliers, gradient_norm, learning_rates, skipped
 from dist_fusion.engine.ranks import start_ranks, stop_ranks
-from dist_fusion.engine.sharding import check_device, ds_config
+from dist_fusion.engine.sharding import check_device, ds_config, sharding
 from dist_fusion.engine.state import full_weights
 from dist_fusion.engine.steps import Steps
 from dist_fusion.evaluate import evaluate
-from dist_fusion.facts import measure, table
+from dist_fusion.facts import flops, measure, table
 from dist_fusion.health import Health, Unhealthy, Watch, record_flights
 from dist_fusion.models.execution import Aside, set_execution
 from dist_fusion.models.initial import initialise_from
 from dist_fusion.models.sources import source_digest
 from dist_fusion.models.teachers import Teacher, build_teacher, teach
 from dist_fusion.models.weights import ModelCard, build_model, save_model
+from dist_fusion.monitor.board import Board
+from dist_fusion.monitor.console import log, progress_line, start_console
 from dist_fusion.monitor.events import record
-from dist_fusion.monitor.metrics import Interval, Monitor, log, start_console
+from dist_fusion.monitor.interval import Interval
+from dist_fusion.monitor.peaks import peak_flops
+from dist_fusion.monitor.pictures import Overlays, fixed_batch
 from dist_fusion.preemption import StopRequest
-from dist_fusion.schema import UserError
+from dist_fusion.schema import UserError, leaves
 from dist_fusion.tasks import Task, to_score
 from dist_fusion.tasks.vqa import read_answers
 from dist_fusion.types import meaning_of, to_device
@@ -67,6 +73,7 @@ class Parts(NamedTuple):
     teachers: tuple[Teacher, ...]
     stream: Stream
     dev: Stream | None
+    overlays: Overlays | None
     identity: dict[str, object]  # what must be as it was when the run is continued
 
 
@@ -116,6 +123,10 @@ def prepare(config: Config, device: torch.device) -> Parts:
     dev = None
     if config.evaluate_every:
         dev = Stream(held_out, to_score(tasks), tokenizer, config.model.image_size, plan, endless=False)
+    overlays = None
+    if config.overlays_every():
+        shown = fixed_batch(config.data, tasks, tokenizer, config.model.image_size, config.seed)
+        overlays = Overlays(shown, teachers, tokenizer.entries, device)
     identity = {
         **{f"model.{key}": value for key, value in asdict(config.model).items()},
         "heads": card.heads,
@@ -123,7 +134,7 @@ def prepare(config: Config, device: torch.device) -> Parts:
         "teachers": [source_digest(teacher.source, "teachers") for teacher in config.teachers],
         "samples": stream.num_samples,
     }
-    return Parts(tasks, card, model, teachers, stream, dev, identity)
+    return Parts(tasks, card, model, teachers, stream, dev, overlays, identity)
 
 
 def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, watch: Watch, device: torch.device) -> int:
@@ -165,9 +176,10 @@ def go_on(config: Config, parts: Parts, run: Path, life: Life, position: Positio
     ranks, tasks, (engine, saver, health, stop, watch) = distributed.world_size(), parts.tasks, life
     ahead = parts.stream.starting_at(position.step * config.accumulation)
     batches = load_batches(ahead, config.data.num_workers, pin=device.type == "cuda")
-    monitor, interval = Monitor(run, position.step, config.steps), Interval()
-    aside = Aside(device, config.teacher_stream)
-    monitor.quarantine(parts.stream.damages)
+    interval = Interval(device, config.global_batch, config.steps, samples_at_peak(config, parts, ranks, device))
+    board, aside = Board(run, position.step), Aside(device, config.teacher_stream)
+    begin(config, run, position.step, board)
+    board.quarantine(parts.stream.damages)
     log.info(
         "%s: step %d of %d, %d samples an epoch, %d ranks",
         run, position.step, config.steps, parts.stream.num_samples, ranks,
@@ -175,63 +187,110 @@ def go_on(config: Config, parts: Parts, run: Path, life: Life, position: Positio
 
     while True:
         if parts.dev and position.owes_scores(config.evaluate_every, config.steps):
-            scores = evaluate(engine, tasks, watch.over(parts.dev), device).percents("dev")
-            monitor.scalars(position.step, scores)
-            position, better = position.with_score(scores, config.keep_best)
-            if better and saver.last != position.step:
-                saver.begin(position)
-            interval.begin()
+            with interval.paused():
+                scores = evaluate(engine, tasks, watch.over(parts.dev), device).percents("dev")
+                board.scalars(position.step, scores)
+                if distributed.rank() == 0:
+                    record(run, "evaluated", position.step, {"scores": scores})
+                position, better = position.with_score(scores, config.keep_best)
+                if better and saver.last != position.step:
+                    saver.begin(position)
         if position.step == config.steps:
             break
 
         # One optimizer step. Half-gathered gradients are in no checkpoint, so nothing is saved inside.
+        step = position.step + 1
+        logged = step == config.steps or step % config.log_every == 0
         loaded = interval.fetch(batches, config.accumulation)
         rows = to_device(distributed.summed(row_weights([one.batch for one in loaded], tasks)), device)
-        learning_rate = base_learning_rate(engine)
+        rates, readings = learning_rates(engine), {}
         for number, one in enumerate(loaded, 1):
-            batch = to_device(one.batch, device)
-            with aside:
+            batch, last = to_device(one.batch, device), number == len(loaded)
+            with aside, interval.phase("teacher"):
                 lessons = teach(parts.teachers, batch)
-            loss = objective(config.distill, tasks, batch, engine(batch), aside.joined(lessons), rows)
-            total = health.watched(loss, last=number == len(loaded))
-            # DeepSpeed averages over ranks and micro-steps; the loss is a share of a sum over both.
-            engine.backward(total * (ranks * config.accumulation))
+            with interval.phase("student"):
+                output = engine(batch)
+                loss = objective(config.distill, tasks, batch, output, aside.joined(lessons), rows)
+            if logged and last:
+                readings = attention_readings(output.taps, lessons, few_pairs(one.batch.weights["attention"]))
+            del output  # its taps need not outlive the way back
+            with interval.phase("backward"):
+                # DeepSpeed averages over ranks and micro-steps; the loss is a share of a sum over both.
+                engine.backward(health.watched(loss, last=last) * (ranks * config.accumulation))
             saver.hold()
-            engine.step()
+            with interval.phase("optimizer"):
+                engine.step()
             interval.add(loss.total, loss.terms)
-        position = position._replace(step=position.step + 1, recent=(*health.recent,))
-        step = position.step
+        position = position._replace(step=step, recent=(*health.recent,))
         watch.beat()
 
-        health.look(step)
+        if not health.look(step):
+            interval.leave_out()
         told, writing, due = distributed.on_any_rank(bool(stop.reason()), saver.busy, saver.due)
-        if step == config.steps or step % config.log_every == 0:
-            values = interval.read(config.global_batch, gradient_norm(engine))
-            values |= {"optimizer/learning_rate": learning_rate, **skipped(engine)}
-            monitor.quarantine(interval.damages)
+        if logged:
+            values = interval.read(step, gradient_norm(engine), readings) | rates | skipped(engine)
+            values |= {"health/dropped": float(health.dropped)}
+            board.quarantine(interval.damages)
             interval.require_sound(config.data.most_damaged)
-            monitor.progress(step, values)
-            monitor.scalars(step, values)
-            interval.begin()
-        if health.hopeless:
-            health.require_way_back(step)
-            monitor.close()
-            saver.finish()
-            return None
-        if not writing:
-            saver.finish()
-        if told or due or step == config.steps or step % config.save_every == 0:
-            saver.begin(position)
-        if told:
-            saver.finish()
-            by = ", ".join(dict.fromkeys(reason for reason in distributed.gathered(stop.reason()) if reason))
-            log.info("told to stop (%s); start the same command again to continue", by)
-            monitor.close()
-            return CONTINUE
+            log.info("%s", progress_line(step, config.steps, values))
+            board.scalars(step, values)
+        with interval.paused():
+            if health.hopeless:
+                saver.finish()
+                health.require_way_back(step)
+                board.close()
+                return None
+            if not writing:
+                saver.finish()
+            if told or due or step == config.steps or step % config.save_every == 0:
+                saver.begin(position)
+            if told:
+                saver.finish()
+                tell_stopped(run, step, stop)
+                board.close()
+                return CONTINUE
+            if parts.overlays and (step == config.steps or step % config.overlays_every() == 0):
+                parts.overlays.show(engine, board, step)
 
     saver.finish()
-    monitor.close()
+    board.compared_by(dict(leaves(asdict(config))))
+    board.close()
     return DONE
+
+
+def tell_stopped(run: Path, step: int, stop: StopRequest) -> None:
+    """Say by whom the run was told to stop. Collective."""
+    by = ", ".join(dict.fromkeys(reason for reason in distributed.gathered(stop.reason()) if reason))
+    log.info("told to stop (%s); start the same command again to continue", by)
+    if distributed.rank() == 0:
+        record(run, "stopped", step, {"by": by})
+
+
+def begin(config: Config, run: Path, step: int, board: Board) -> None:
+    """Tell the diary and TensorBoard that a life of the run begins. Collective."""
+    hosts = distributed.gathered(socket.gethostname())
+    if step == 0:
+        board.text("recipe", dump(config))
+    if distributed.rank() == 0:
+        told = {"ranks": len(hosts), "hosts": sorted(set(hosts)), "job": os.environ.get("SLURM_JOB_ID")}
+        told |= {"resumed_from": step or None, "versions": versions()}
+        record(run, "started", step, told)
+
+
+def samples_at_peak(config: Config, parts: Parts, ranks: int, device: torch.device) -> float | None:
+    """How many samples a second a rank's device could train at its peak; None, and said why, where that is not known.
+
+    By the multiply-adds of the first micro-batch: as much for the student's way back as twice for its forward, whatever
+    is computed again to save memory.
+    """
+    if device.type != "cuda":
+        return None
+    name, dtype = torch.cuda.get_device_name(device), sharding(ds_config(config, ranks)).dtype
+    peak = peak_flops(name, dtype)
+    if peak is None:
+        log.info("no speed/mfu: the peak of a %s is not in dist_fusion.monitor.peaks", name)
+        return None
+    return peak / flops(measure(config, parts.card, ranks, parts.teachers, next(iter(parts.stream)).batch))
 
 
 def model_card(config: Config, tokenizer: Tokenizer) -> ModelCard:

@@ -17,8 +17,8 @@ from dist_fusion.checkpoint.manifest import (
 )
 from dist_fusion.checkpoint.randomness import derived_seed, restore_random_state, seed_everything
 from dist_fusion.engine import elastic, state
+from dist_fusion.monitor.console import log
 from dist_fusion.monitor.events import record
-from dist_fusion.monitor.metrics import log
 from dist_fusion.schema import UserError
 
 

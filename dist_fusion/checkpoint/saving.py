@@ -25,8 +25,8 @@ from dist_fusion.checkpoint.retention import superseded
 from dist_fusion.checkpoint.writing import Written, write_state, write_text
 from dist_fusion.config import Config
 from dist_fusion.engine import state
+from dist_fusion.monitor.console import log
 from dist_fusion.monitor.events import record
-from dist_fusion.monitor.metrics import log
 from dist_fusion.schema import UserError
 
 NICE = 10

@@ -45,6 +45,15 @@ def base_learning_rate(engine: deepspeed.DeepSpeedEngine) -> float:
     return rate
 
 
+def learning_rates(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
+    """The rates of the coming step, by path: of each group by its multiplier (`base`, `x10`, `x10.no_decay`)."""
+    rates = {"optimizer/learning_rate": base_learning_rate(engine)}
+    for group in engine.optimizer.param_groups:
+        name = "base" if group["multiplier"] == 1 else f"x{group['multiplier']:g}"
+        rates[f"optimizer/learning_rate/{name}{'' if group['weight_decay'] else '.no_decay'}"] = group["lr"]
+    return rates
+
+
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Every trainable parameter in one group, by what its rate is multiplied with and whether it decays.
 

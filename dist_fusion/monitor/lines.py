@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+TAIL = 1 << 17
+"""Bytes at the end of a file: some hundred lines."""
+
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, in their order; none if there is no file.
@@ -15,12 +18,25 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         with path.open("rb") as file:
             for line in file:
-                tree = _parsed(line)
+                tree = parsed(line)
                 if tree is not None:
                     yield tree
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def last_lines(path: Path, size: int = TAIL) -> list[dict[str, Any]]:
+    """The objects in about the last `size` bytes of a file of JSON lines, in their order; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        begin = max(0, file.seek(0, os.SEEK_END) - size)
+        file.seek(begin)
+        lines = file.readlines()
+    found = [parsed(line) for line in (lines[1:] if begin else lines)]  # where it begins a line may be cut
+    return [tree for tree in found if tree is not None]
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None if it is torn or no object."""
     try:
         tree = json.loads(line)
     except (ValueError, RecursionError):

@@ -11,6 +11,7 @@ from tests.faults.points import Point
 
 KILL, TERM, USR1, USR2 = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
 STEP = "deepspeed:DeepSpeedEngine.step"
+BACKWARD = "deepspeed:DeepSpeedEngine.backward"
 SAVING = "dist_fusion.checkpoint.saving"
 SHARD = "dist_fusion.checkpoint.saving:write_state"
 TEXT = "dist_fusion.checkpoint.saving:write_text"
@@ -33,10 +34,10 @@ CASES: dict[str, Case] = {
     "one rank, before the first step": Case(Point("dist_fusion.train:base_learning_rate", 1, rank=1)),
     "one rank, waiting for data": Case(Point("dist_fusion.monitor.interval:Interval.fetch", 7, rank=1)),
     "one rank, in the forward": Case(Point("dist_fusion.train:objective", 9, rank=0), overrides=(TWO,)),
-    "one rank, after the backward": Case(Point("deepspeed:DeepSpeedEngine.backward", 8, "after", 1), overrides=(THREE,)),
+    "one rank, after the backward": Case(Point(BACKWARD, 8, "after", 1), overrides=(THREE,)),
     "all ranks, before an update": Case(Point(STEP, 13), quick=True),
     "one rank, after an update": Case(Point(STEP, 13, "after", 0), overrides=(BF16,)),
-    "all ranks, writing metrics": Case(Point("dist_fusion.train:Monitor.scalars", 12)),
+    "all ranks, writing metrics": Case(Point("dist_fusion.monitor.board:Board.scalars", 12)),
     "one rank, scoring": Case(Point("dist_fusion.train:evaluate", 2, rank=1)),
     "all ranks, after scoring": Case(Point("dist_fusion.train:evaluate", 2, "after")),
     # in the second save, of step 10

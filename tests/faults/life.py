@@ -54,7 +54,7 @@ def last_step(run: Path) -> int:
 
 def resumed_from(run: Path) -> int:
     """Where the last life of a run began."""
-    return [event for event in read_events(run) if event.kind == "started"][-1].details["resumed_from"]
+    return [event for event in read_events(run) if event.kind == "started"][-1].details["resumed_from"] or 0
 
 
 def found(run: Path) -> str:

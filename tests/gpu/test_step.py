@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from dist_fusion.agreement import attention_readings, few_pairs
 from dist_fusion.config import load
 from dist_fusion.data.stream import DataConfig, Loaded, Plan, Stream, load_batches
 from dist_fusion.data.text import Tokenizer
@@ -18,7 +19,7 @@ from dist_fusion.facts import longest_batch
 from dist_fusion.models.execution import Aside
 from dist_fusion.models.teachers import Teacher, teach
 from dist_fusion.models.weights import build_model
-from dist_fusion.monitor.metrics import Interval
+from dist_fusion.monitor.interval import Interval
 from dist_fusion.train import model_card
 from dist_fusion.types import Batch, Target, to_device
 from tests import tiny
@@ -34,7 +35,7 @@ class Step:
 
     def __init__(self, which: str, device: torch.device, teacher_stream: bool = False):
         self.tasks, taught = SETS[which]
-        self.device, self.aside, self.interval = device, Aside(device, teacher_stream), Interval()
+        self.device, self.aside, self.interval = device, Aside(device, teacher_stream), Interval(device, 8, 10)
         sizes = {"num_slots": 2, "width": 64}
         self.student = tiny.model(tiny.model_config(**sizes), self.tasks).half().to(device)
         teacher = tiny.model(tiny.model_config("fusion-encoder", **sizes), taught, seed=1).half().to(device)
@@ -45,10 +46,11 @@ class Step:
         laid = tiny.batch(self.tasks, tiny.samples(8, start=start, paired=self.tasks is tiny.FINETUNING))
         self.interval.fetch(iter([Loaded(laid, ())]), 1)
         rows, batch = to_device(row_weights([laid], self.tasks), self.device), to_device(laid, self.device)
-        with self.aside:
+        with self.aside, self.interval.phase("teacher"):
             lessons = teach(self.teachers, batch)
         output, distill = self.student(batch), DistillConfig(targets="both", soft=1.0)
         loss = objective(distill, self.tasks, batch, output, self.aside.joined(lessons), rows)
+        self.readings = attention_readings(output.taps, lessons, few_pairs(laid.weights["attention"]))
         loss.total.backward()
         self.interval.add(loss.total, loss.terms)
         return loss.total.detach()
@@ -65,7 +67,7 @@ def test_a_step_reads_nothing_from_the_gpu_and_a_log_step_reads_once(device, whi
     assert loss.isfinite()
     norm = torch.ones((), device=device)
     with counted_waits() as waits:
-        values = step.interval.read(8, norm)
+        values = step.interval.read(2, norm, step.readings)
     assert len(waits) == 1
     assert values["health/nonfinite"] == 0 and values["optimizer/gradient_norm"] == 1
 
