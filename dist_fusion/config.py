@@ -48,6 +48,16 @@ class OptimizerConfig:
 
 @section
 @dataclass(frozen=True)
+class HealthConfig:
+    """When a run helps itself, and when it ends."""
+
+    streak: int = 20  # dropped steps in a row after which it goes back to its last checkpoint once, then stops
+    spike: float = 0.0  # a step is dropped whose loss is more than so many times the median of the last 50; 0 is never
+    hang_minutes: float = 30.0  # without a step: then each rank writes its stack and ends
+
+
+@section
+@dataclass(frozen=True)
 class Config:
     """Everything about a run."""
 
@@ -66,12 +76,20 @@ class Config:
     activation_checkpointing: bool = False  # keep each layer's input alone and compute the rest again: less memory
     compile: bool = False  # torch.compile of the towers and the fusion
     teacher_stream: bool = False  # on a GPU teachers run beside the student's forward: faster, memory for both at once
+    deterministic: bool = False  # on a GPU: the same to the last bit every time, and slower
     seed: int = 0
     save_every: int = 500  # steps
-    keep_checkpoints: int = 2
+    save_minutes: float = 30.0  # or so many minutes after the last save, if that is earlier; 0 is never
+    save_async: bool = True  # write beside the next steps; takes as much of the host's memory as the rank's shard
+    keep_checkpoints: int = 2  # the newest
+    keep_epochs: int = 0  # and the first of every so many epochs; 0 is none
+    keep_best: str = ""  # and the one with the best score of this name, such as dev/vqa/accuracy
+    time_budget: float = 0.0  # minutes, after which the run saves and ends with code 75; 0 is none
     evaluate_every: int = 0  # steps; scores on data.dev, 0 is never
     overlay_every: int | None = None  # steps; pictures of attention in TensorBoard, evaluate_every if null, 0 is never
     log_every: int = 10  # steps
+    health: HealthConfig = field(default_factory=HealthConfig)
+    trust_run: bool = False  # continue a run whose folder is another user's: its checkpoints could run code
     runs: str = "runs"
 
     def active_tasks(self) -> dict[str, Task]:
@@ -231,6 +249,11 @@ def check(config: Config) -> None:
         ("global_batch", config.global_batch, 1, inf),
         ("accumulation", config.accumulation, 1, inf),
         ("save_every", config.save_every, 1, inf),
+        ("save_minutes", config.save_minutes, 0, inf),
+        ("keep_epochs", config.keep_epochs, 0, inf),
+        ("time_budget", config.time_budget, 0, inf),
+        ("health.streak", config.health.streak, 1, inf),
+        ("health.hang_minutes", config.health.hang_minutes, 0.01, inf),
         ("log_every", config.log_every, 1, inf),
         ("evaluate_every", config.evaluate_every, 0, inf),
         ("overlay_every", config.overlays_every(), 0, inf),
@@ -267,6 +290,12 @@ def check(config: Config) -> None:
             )
     if config.keep_checkpoints < 2:
         raise UserError("keep_checkpoints must be at least 2: one may be broken while it is written")
+    if config.health.spike and config.health.spike <= 1:
+        raise UserError(
+            f"health.spike is {config.health.spike}; it must be above 1 (times the usual loss), or 0 for never"
+        )
+    if config.keep_best and not config.evaluate_every:
+        raise UserError(f"keep_best is {config.keep_best!r}, a score on data.dev; set evaluate_every, too")
     folder = Path(config.name)
     if not folder.parts or folder.is_absolute() or ".." in folder.parts:
         raise UserError(f"name is {config.name!r}; it must name a folder inside {config.runs}")

@@ -44,13 +44,13 @@ def by_rank(values: Tensor) -> Tensor:
     return everyone
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on at least one rank. Collective."""
+def on_any_rank(*flags: bool) -> list[bool]:
+    """For each flag, whether it is set on at least one rank. Collective."""
     if world_size() == 1:
-        return flag
-    value = torch.tensor(int(flag))
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value.item())
+        return list(flags)
+    values = torch.tensor(flags, dtype=torch.int64)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return [bool(value) for value in values.tolist()]
 
 
 def from_first(value: Any) -> Any:

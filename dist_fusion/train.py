@@ -4,12 +4,13 @@
     torchrun -m dist_fusion.train RECIPE [key=value …]            the same
     python -m dist_fusion.train RECIPE [key=value …] --dry-run    check and show, start nothing
 
+The same command resumes a run that was stopped, on as many ranks or on others.
+
 Exit codes: 0 done; 75 saved, continue me (start the same command again); 2 the user's mistake; 1 failure.
 """
 
 import json
 import os
-import random
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,14 +18,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
-from dist_fusion import checkpoint, distributed
+from dist_fusion import distributed
 from dist_fusion.agreement import attention_readings, few_pairs
+from dist_fusion.checkpoint.folder import claim, folder_of, versions
+from dist_fusion.checkpoint.manifest import Position, list_committed, list_whole
+from dist_fusion.checkpoint.randomness import seed_everything
+from dist_fusion.checkpoint.resuming import resume
+from dist_fusion.checkpoint.saving import Saver
 from dist_fusion.config import Config, dump, load
 from dist_fusion.data.remote import is_remote
 from dist_fusion.data.shards import find_shards
@@ -35,8 +40,10 @@ from dist_fusion.engine.optimizer import build_engine, check_multipliers, gradie
 from dist_fusion.engine.ranks import start_ranks, stop_ranks
 from dist_fusion.engine.sharding import check_device, ds_config, sharding
 from dist_fusion.engine.state import full_weights
+from dist_fusion.engine.steps import Steps
 from dist_fusion.evaluate import evaluate
 from dist_fusion.facts import flops, measure, table
+from dist_fusion.health import Health, Unhealthy, Watch, record_flights
 from dist_fusion.models.execution import Aside, set_execution
 from dist_fusion.models.initial import initialise_from
 from dist_fusion.models.sources import source_digest
@@ -54,7 +61,7 @@ from dist_fusion.tasks import Task, to_score
 from dist_fusion.tasks.vqa import read_answers
 from dist_fusion.types import meaning_of, to_device
 
-DONE, CONTINUE, MISTAKE = 0, 75, 2
+DONE, FAILURE, MISTAKE, CONTINUE = 0, 1, 2, 75
 
 
 class Parts(NamedTuple):
@@ -75,19 +82,24 @@ def train(config: Config, device: torch.device) -> int:
 
     Raises:
         UserError: for whatever is wrong with the recipe, its files or its run, before anything is changed.
+        Unhealthy: if the run is of no use to continue as it is.
     """
     sharding = ds_config(config, distributed.world_size())
     check_device(config, sharding, device)
     parts = prepare(config, device)
-    with checkpoint.claim(config, sharding, parts.identity) as run:
+    with claim(config, sharding, parts.identity) as run:
         if distributed.from_first((run / "model.safetensors").exists()):
             log.info("%s has ended; its model is there", run)
             return DONE
-        stop = StopRequest(run / "STOP")
-        (run / "logs" / f"rank-{distributed.rank()}.pid").write_text(f"{os.getpid()}\n")
+        logs = run / "logs"
+        record_flights(os.environ, logs)
+        stop = StopRequest(run / "STOP", config.time_budget)
+        watch = Watch(config.health.hang_minutes, logs / f"rank-{distributed.rank()}.stacks")
+        (logs / f"rank-{distributed.rank()}.pid").write_text(f"{os.getpid()}\n")
         try:
-            return fit(config, parts, run, stop, device)
+            return fit(config, parts, run, stop, watch, device)
         finally:
+            watch.close()
             stop.close()
 
 
@@ -100,7 +112,8 @@ def prepare(config: Config, device: torch.device) -> Parts:
     model = build_model(card)
     check_multipliers(model, config.optimizer.multipliers)
     set_execution(model, activation_checkpointing=config.activation_checkpointing, compile=config.compile)
-    if config.initialise_from:
+    goes_on = distributed.from_first(bool(list_committed(folder_of(config))))
+    if config.initialise_from and not goes_on:
         fresh = initialise_from(model, card, config.initialise_from, "initialise_from")
         log.info("weights from %s; new heads: %s", config.initialise_from, ", ".join(fresh) or "none")
     teachers = build_teachers(config, card, device)
@@ -124,81 +137,133 @@ def prepare(config: Config, device: torch.device) -> Parts:
     return Parts(tasks, card, model, teachers, stream, dev, overlays, identity)
 
 
-def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torch.device) -> int:
-    """The loop, from the newest checkpoint on; returns the exit code. Collective."""
-    ranks, tasks = distributed.world_size(), parts.tasks
-    engine = build_engine(parts.model.to(device), config, ranks)
+def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, watch: Watch, device: torch.device) -> int:
+    """From the newest checkpoint to the end, or until told to stop; returns the exit code. Collective.
+
+    A run that does not get on goes back to its newest checkpoint, once.
+    """
+    engine = build_engine(parts.model.to(device), config, distributed.world_size())
     seed_everything(config.seed + 1 + distributed.rank())
-    step = checkpoint.resume(engine, run)
-    ahead = parts.stream.starting_at(step * config.accumulation)
+    saver = Saver(engine, run, config, parts.identity, parts.stream.num_samples)
+    health = Health(config.health, Steps(engine), run)
+    code = None
+    try:
+        while code is None:
+            position = resume(engine, run, config.seed)
+            health.begin(position.recent)
+            code = go_on(config, parts, run, Life(engine, saver, health, stop, watch), position, device)
+    finally:
+        saver.close()
+    if code == DONE and distributed.rank() == 0:
+        save_model(run, parts.card, full_weights(list_whole(run)[-1].folder))
+        record(run, "finished", config.steps, {})
+    distributed.barrier()
+    return code
+
+
+class Life(NamedTuple):
+    """What looks after a run while it goes on."""
+
+    engine: Any
+    saver: Saver
+    health: Health
+    stop: StopRequest
+    watch: Watch
+
+
+def go_on(config: Config, parts: Parts, run: Path, life: Life, position: Position, device: torch.device) -> int | None:
+    """The loop, from `position` on; returns the exit code, or None to go back to the last checkpoint. Collective."""
+    ranks, tasks, (engine, saver, health, stop, watch) = distributed.world_size(), parts.tasks, life
+    ahead = parts.stream.starting_at(position.step * config.accumulation)
     batches = load_batches(ahead, config.data.num_workers, pin=device.type == "cuda")
     interval = Interval(device, config.global_batch, config.steps, samples_at_peak(config, parts, ranks, device))
-    board, aside = Board(run, step), Aside(device, config.teacher_stream)
-    begin(config, run, step, board)
+    board, aside = Board(run, position.step), Aside(device, config.teacher_stream)
+    begin(config, run, position.step, board)
     board.quarantine(parts.stream.damages)
     log.info(
-        "%s: step %d of %d, %d samples an epoch, %d ranks", run, step, config.steps, parts.stream.num_samples, ranks
-    )
+        "%s: step %d of %d, %d samples an epoch, %d ranks",
+        run, position.step, config.steps, parts.stream.num_samples, ranks,
+    )  # fmt: skip
 
-    while step < config.steps:
+    while True:
+        if parts.dev and position.owes_scores(config.evaluate_every, config.steps):
+            with interval.paused():
+                scores = evaluate(engine, tasks, watch.over(parts.dev), device).percents("dev")
+                board.scalars(position.step, scores)
+                if distributed.rank() == 0:
+                    record(run, "evaluated", position.step, {"scores": scores})
+                position, better = position.with_score(scores, config.keep_best)
+                if better and saver.last != position.step:
+                    saver.begin(position)
+        if position.step == config.steps:
+            break
+
         # One optimizer step. Half-gathered gradients are in no checkpoint, so nothing is saved inside.
+        step = position.step + 1
+        logged = step == config.steps or step % config.log_every == 0
         loaded = interval.fetch(batches, config.accumulation)
         rows = to_device(distributed.summed(row_weights([one.batch for one in loaded], tasks)), device)
         rates, readings = learning_rates(engine), {}
-        last = step + 1 == config.steps
-        logged = last or (step + 1) % config.log_every == 0
-        for one in loaded:
-            batch = to_device(one.batch, device)
+        for number, one in enumerate(loaded, 1):
+            batch, last = to_device(one.batch, device), number == len(loaded)
             with aside, interval.phase("teacher"):
                 lessons = teach(parts.teachers, batch)
             with interval.phase("student"):
                 output = engine(batch)
                 loss = objective(config.distill, tasks, batch, output, aside.joined(lessons), rows)
-            if logged and one is loaded[-1]:
+            if logged and last:
                 readings = attention_readings(output.taps, lessons, few_pairs(one.batch.weights["attention"]))
             del output  # its taps need not outlive the way back
             with interval.phase("backward"):
                 # DeepSpeed averages over ranks and micro-steps; the loss is a share of a sum over both.
-                engine.backward(loss.total * (ranks * config.accumulation))
+                engine.backward(health.watched(loss, last=last) * (ranks * config.accumulation))
+            saver.hold()
             with interval.phase("optimizer"):
                 engine.step()
             interval.add(loss.total, loss.terms)
-        step += 1
+        position = position._replace(step=step, recent=(*health.recent,))
+        watch.beat()
 
-        stopping = stop.anywhere()
-        values: dict[str, float] = {}
+        if not health.look(step):
+            interval.leave_out()
+        told, writing, due = distributed.on_any_rank(bool(stop.reason()), saver.busy, saver.due)
         if logged:
             values = interval.read(step, gradient_norm(engine), readings) | rates | skipped(engine)
+            values |= {"health/dropped": float(health.dropped)}
             board.quarantine(interval.damages)
             interval.require_sound(config.data.most_damaged)
             log.info("%s", progress_line(step, config.steps, values))
+            board.scalars(step, values)
         with interval.paused():
-            if stopping or last or step % config.save_every == 0:
-                log.info("saved %s", checkpoint.save(engine, run, config, parts.identity, step).folder)
-            if parts.dev and not stopping and (last or step % config.evaluate_every == 0):
-                scores = evaluate(engine, tasks, parts.dev, device).percents("dev")
-                values |= scores
-                if distributed.rank() == 0:
-                    record(run, "evaluated", step, {"scores": scores})
-            if parts.overlays and not stopping and (last or step % config.overlays_every() == 0):
+            if health.hopeless:
+                saver.finish()
+                health.require_way_back(step)
+                board.close()
+                return None
+            if not writing:
+                saver.finish()
+            if told or due or step == config.steps or step % config.save_every == 0:
+                saver.begin(position)
+            if told:
+                saver.finish()
+                tell_stopped(run, step, stop)
+                board.close()
+                return CONTINUE
+            if parts.overlays and (step == config.steps or step % config.overlays_every() == 0):
                 parts.overlays.show(engine, board, step)
-            if values:
-                board.scalars(step, values)
-        if stopping and not last:
-            log.info("told to stop; start the same command again to continue")
-            break
 
-    if step == config.steps:
-        board.compared_by(dict(leaves(asdict(config))))
+    saver.finish()
+    board.compared_by(dict(leaves(asdict(config))))
     board.close()
-    if step < config.steps:
-        return CONTINUE
-    if distributed.rank() == 0:
-        newest = checkpoint.list_whole(run)[-1].folder
-        save_model(run, parts.card, full_weights(newest.parent, newest.name))
-        record(run, "finished", step, {})
-    distributed.barrier()
     return DONE
+
+
+def tell_stopped(run: Path, step: int, stop: StopRequest) -> None:
+    """Say by whom the run was told to stop. Collective."""
+    by = ", ".join(dict.fromkeys(reason for reason in distributed.gathered(stop.reason()) if reason))
+    log.info("told to stop (%s); start the same command again to continue", by)
+    if distributed.rank() == 0:
+        record(run, "stopped", step, {"by": by})
 
 
 def begin(config: Config, run: Path, step: int, board: Board) -> None:
@@ -208,7 +273,7 @@ def begin(config: Config, run: Path, step: int, board: Board) -> None:
         board.text("recipe", dump(config))
     if distributed.rank() == 0:
         told = {"ranks": len(hosts), "hosts": sorted(set(hosts)), "job": os.environ.get("SLURM_JOB_ID")}
-        told |= {"resumed_from": step or None, "versions": checkpoint.versions()}
+        told |= {"resumed_from": step or None, "versions": versions()}
         record(run, "started", step, told)
 
 
@@ -242,13 +307,6 @@ def build_teachers(config: Config, card: ModelCard, device: torch.device) -> tup
         answers = meaning_of([*read_answers(one.answers, f"{key}.answers").number]) if one.answers else ""
         teachers.append(build_teacher(one, card, config.soft_tasks(one), answers, device, key))
     return tuple(teachers)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's and torch's generators of this rank."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def describe(config: Config, ranks: int) -> tuple[str, list[str]]:
@@ -321,10 +379,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if lacking:
                 raise UserError("it cannot start yet:\n  " + "\n  ".join(lacking))
             return DONE
+        record_flights(os.environ)
         device = start_ranks()
         start_console()
         try:
             return train(config, device)
+        except Unhealthy as error:
+            if distributed.rank() == 0:
+                sys.stderr.write(f"dist-fusion: {error}\n")
+            return FAILURE
         finally:
             stop_ranks()
     except UserError as error:

@@ -127,13 +127,13 @@ def scores(count: int, micro_batch: int) -> dict:
 def stop_flag(folder: str, told: int | None) -> list[bool]:
     """Whether each rank hears of a stop request that only rank `told` got by a signal (or a file, if None)."""
     stop = StopRequest(Path(folder) / "STOP")
-    before = stop.anywhere()
+    (before,) = distributed.on_any_rank(bool(stop.reason()))
     if told is None and distributed.rank() == 0:
         (Path(folder) / "STOP").touch()
     distributed.barrier()
     if told == distributed.rank():
         os.kill(os.getpid(), signal.SIGUSR2)
-    after = stop.anywhere()
+    (after,) = distributed.on_any_rank(bool(stop.reason()))
     stop.close()
     return [before, after]
 

@@ -141,11 +141,9 @@ def test_a_finished_run_started_again_does_nothing_and_says_done(two_ranks, reci
     assert (tmp_path / "small" / "model.safetensors").stat().st_mtime_ns == weights
 
 
-def test_a_checkpoint_of_another_architecture_or_number_of_ranks_is_refused(two_ranks, one_rank, recipe, tmp_path):
+def test_a_checkpoint_of_another_architecture_is_refused(two_ranks, recipe, tmp_path):
     arguments = {"recipe": str(recipe), "overrides": [f"runs={tmp_path}", "steps=2"]}
     two_ranks.run("run", **arguments)
-    (reply,) = one_rank.run("run", **arguments)
-    assert "number of ranks: 2 then, 1 now" in reply["mistake"]
     manifest = next((tmp_path / "small" / "checkpoints").glob("*/manifest.json"))
     tree = json.loads(manifest.read_text())
     tree["model.width"] = 64

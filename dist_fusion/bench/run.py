@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from dist_fusion.bench import data, inference, kernels, roofline, step, teacher
-from dist_fusion.checkpoint import versions
+from dist_fusion.checkpoint.folder import versions
 from dist_fusion.schema import UserError, nearest
 
 

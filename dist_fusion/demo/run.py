@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dist_fusion.checkpoint import versions
+from dist_fusion.checkpoint.folder import versions
 from dist_fusion.config import load
 from dist_fusion.data.prepare import easy_vqa
 from dist_fusion.demo import answers, pictures, timing

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dist_fusion.checkpoint import differences
+from dist_fusion.checkpoint.folder import differences
 from dist_fusion.config import load
 from dist_fusion.engine.ranks import free_port
 from dist_fusion.schema import UserError

@@ -44,6 +44,7 @@ class Interval:
         self._names: list[str] = []
         self._step = self._sum = self._most = torch.zeros(())  # [terms], left on the device until they are read
         self._nonfinite = torch.zeros(())
+        self._made = 0  # steps that changed the weights
         self._steps, self._wait, self._since, self._paused = 0, 0.0, time.monotonic(), self._pace.paused_s
 
     def fetch(self, batches: Iterator[Loaded], count: int) -> list[Loaded]:
@@ -77,8 +78,13 @@ class Interval:
         self._step = self._step + shares
         self._nonfinite = self._nonfinite + ~shares[0].isfinite()
 
+    def leave_out(self) -> None:
+        """The step that was just made was dropped: its losses, which may be no numbers, count in no mean."""
+        self._step = torch.zeros(())
+
     def _end_step(self) -> None:
         if self._step.ndim:
+            self._made += 1
             self._most = torch.maximum(self._most, self._step) if self._most.ndim else self._step
             self._sum, self._step = self._sum + self._step, torch.zeros(())
 
@@ -93,7 +99,7 @@ class Interval:
         still has to do; so the host reads it here alone, and once. (DeepSpeed's step reads the norm that it clips by.)
         """
         self._end_step()
-        ranks, steps, names = world_size(), self._steps, self._names
+        ranks, steps, names = world_size(), self._steps, self._names if self._made else []
         mine = self._on_device(norm, readings) | self._on_host()
         rows = by_rank(torch.tensor([*mine.values()], dtype=torch.float64))
         of = dict(zip(mine, rows.T, strict=True))  # of each rank, [ranks]
@@ -104,7 +110,7 @@ class Interval:
         rate = steps * self._global_batch / elapsed
         self._samples += steps * self._global_batch
         self._pace.add(steps, elapsed)
-        values = {f"loss/{name}": float(of[f"sum/{name}"].sum()) / steps for name in names}
+        values = {f"loss/{name}": float(of[f"sum/{name}"].sum()) / self._made for name in names}
         values |= {f"loss_max/{name}": float(of[f"most/{name}"].max()) * ranks for name in names}
         values |= {"optimizer/gradient_norm": mine["norm"]} if math.isfinite(mine["norm"]) else {}
         for name in readings:
@@ -132,9 +138,11 @@ class Interval:
 
     def _on_device(self, norm: Tensor, readings: Mapping[str, Tensor]) -> dict[str, float]:
         """What the device has: sums and largest shares of the terms, and the readings. Waits for it."""
-        device = self._sum.device
-        parts = [self._sum, self._most, self._nonfinite.view(1), to_device(norm, device).view(1), *readings.values()]
-        names = [f"{kind}/{name}" for kind in ("sum", "most") for name in self._names]
+        device = self._nonfinite.device
+        parts = [self._nonfinite.view(1), to_device(norm, device).view(1), *readings.values()]
+        if self._made:
+            parts = [self._sum, self._most, *parts]
+        names = [f"{kind}/{name}" for kind in ("sum", "most") for name in self._names if self._made]
         names += ["nonfinite", "norm", *(f"{kind}/{name}" for name in readings for kind in ("total", "count"))]
         return dict(zip(names, torch.cat([part.double() for part in parts]).tolist(), strict=True))
 

@@ -1,0 +1,6 @@
+from pathlib import Path
+from typing import Any
+
+
+def load_elastic(engine: Any, folder: Path) -> None:
+    raise NotImplementedError

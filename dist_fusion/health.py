@@ -1,0 +1,196 @@
+"""Steps that went wrong, and runs that stand still: dropped, counted, told, and ended before they cost a night."""
+
+import faulthandler
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from dist_fusion import distributed
+from dist_fusion.checkpoint.manifest import list_whole
+from dist_fusion.config import HealthConfig
+from dist_fusion.distill import Loss
+from dist_fusion.engine.steps import Steps
+from dist_fusion.monitor.console import log
+from dist_fusion.monitor.events import FILE, read_events, record
+
+T = TypeVar("T")
+LOWER = 16.0
+"""By what the loss scale is divided when a run goes back."""
+RECENT = 50
+"""Losses that a spike is measured against."""
+GRACE = 10.0
+"""Seconds between the writing of a rank's stack and its end, so that all ranks write theirs."""
+FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+"""What makes NCCL keep its last operations, and write them down when one never ends. Unless the user says otherwise."""
+FLIGHT_RECORD = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+"""Where it writes them: the name of the variable now, and until torch 2.8."""
+
+
+class Unhealthy(RuntimeError):
+    """A run that is of no use to continue as it is; the message says why and what may help."""
+
+
+class Health:
+    """Judges each step of a run, on all ranks alike."""
+
+    def __init__(self, config: HealthConfig, steps: Steps, run: Path):
+        self._config, self._steps, self._run = config, steps, run
+        self._streak = 0
+        self._terms: dict[str, Tensor] = {}
+        self._spiked = ""
+        self.recent: deque[float] = deque(
+            maxlen=RECENT
+        )  # losses of the last steps that were made, if spikes are sought
+        self.dropped = 0  # steps of this life
+
+    def begin(self, recent: Iterable[float]) -> None:
+        """Begin at a checkpoint; again, with a lower loss scale, if the run went back to it."""
+        self.recent = deque(recent, RECENT)
+        if self._streak:
+            self._steps.lower_scale(LOWER)
+        self._streak = 0
+
+    def watched(self, loss: Loss, *, last: bool) -> Tensor:
+        """The total of `loss`, a micro-step's share, or what drops the step if its loss is a spike.
+
+        A spike is more than `health.spike` times the median of the last losses. That rule reads the loss from the
+        device at every step; without it nothing is read here. Collective at the last micro-step.
+        """
+        for name, value in {"total": loss.total, **loss.terms}.items():
+            self._terms[name] = value.detach() + self._terms.get(name, 0.0)
+        if not (self._config.spike and last):
+            return loss.total
+        total = float(distributed.summed(self._terms["total"]))
+        usual = statistics.median(self.recent) if len(self.recent) >= RECENT // 2 else math.inf
+        if total > self._config.spike * usual:
+            self._spiked = (
+                f"its loss {total:.4g} is more than {self._config.spike:g} times {usual:.4g}, the median of the last"
+            )
+            return self._steps.drop(loss.total)
+        if math.isfinite(total):
+            self.recent.append(total)
+        return loss.total
+
+    def look(self, step: int) -> bool:
+        """Whether the step that was just made changed the weights; says what was wrong if not. Collective."""
+        terms, self._terms = self._terms, {}
+        spiked, self._spiked = self._spiked, ""
+        if self._steps.applied:
+            self._streak = 0
+            return True
+        self._streak += 1
+        self.dropped += 1
+        what = spiked or self._not_finite(terms)
+        if distributed.rank() == 0:
+            log.warning("step %d is dropped on all ranks: %s", step, what)
+            record(self._run, "skipped", step, {"what": what})
+        return False
+
+    def _not_finite(self, terms: Mapping[str, Tensor]) -> str:
+        losses = [f"loss {name}" for name, value in terms.items() if not value.isfinite()]
+        told = [
+            f"rank {rank}: {', '.join(names)}"
+            for rank, names in enumerate(distributed.gathered([*losses, *self._steps.at_fault]))
+            if names
+        ]
+        return f"not finite: {'; '.join(told) or 'the norm of the gradients'}"
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether so many steps in a row were dropped, or the loss scale is so low, that more of the same is no use."""
+        return self._streak >= self._config.streak or (self._streak > 0 and self._steps.at_floor)
+
+    def require_way_back(self, step: int) -> None:
+        """Write down that the run goes back to its newest checkpoint. Collective.
+
+        Raises:
+            Unhealthy: if there is none, or the run went back there before.
+        """
+        problem = distributed.from_first(self._go_back(step) if distributed.rank() == 0 else "")
+        if problem:
+            raise Unhealthy(problem)
+
+    def _go_back(self, step: int) -> str:
+        whole = list_whole(self._run)
+        before = {event.details.get("to") for event in read_events(self._run) if event.kind == "rolled back"}
+        why = f"{self._streak} steps in a row up to step {step} were dropped"
+        if self._steps.at_floor:
+            why += ", with the loss scale at its least"
+        advice = (
+            f"{self._run / FILE} says what was not finite in each. A lower optimizer.learning_rate or another "
+            "precision (deepspeed=…) in a new run may help, or other data"
+        )
+        if not whole:
+            return f"{why}, and there is no checkpoint to go back to; {advice}"
+        if whole[-1].step in before:
+            return f"{why}, also after going back to step {whole[-1].step}; {advice}"
+        log.warning("%s; going back to step %d", why, whole[-1].step)
+        record(self._run, "rolled back", step, {"to": whole[-1].step, "why": why})
+        return ""
+
+
+class Watch:
+    """Ends a rank that has stood still for too long, and writes down where: all ranks, since all wait for one.
+
+    A thread does it with words; where it does not come to run, since the standstill holds the interpreter, faulthandler
+    does it without.
+    """
+
+    def __init__(self, minutes: float, stacks: Path):
+        self._limit, self._path = 60 * minutes, stacks
+        self._file = stacks.open("a")
+        self._ended = threading.Event()
+        self.beat()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def beat(self) -> None:
+        """Say that the run goes on."""
+        self._last = time.monotonic()
+        faulthandler.dump_traceback_later(self._limit + 2 * GRACE, exit=True, file=self._file)
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """`items`, each of which says that the run goes on."""
+        for item in items:
+            self.beat()
+            yield item
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._ended.set()
+        faulthandler.cancel_dump_traceback_later()
+        self._thread.join()
+        self._file.close()
+
+    def _look(self) -> None:
+        while not self._ended.wait(max(0.05, self._last + self._limit - time.monotonic())):
+            if time.monotonic() - self._last < self._limit:
+                continue
+            sys.stderr.write(
+                f"dist-fusion: rank {distributed.rank()} has made no progress for {self._limit / 60:g} minutes "
+                f"(health.hang_minutes) and ends; where it stood is in {self._path}\n"
+            )
+            sys.stderr.flush()
+            self._file.write(f"no progress for {self._limit:g} s, {time.ctime()}\n")
+            self._file.flush()
+            faulthandler.dump_traceback(self._file, all_threads=True)
+            time.sleep(min(GRACE, self._limit))
+            os._exit(1)
+
+
+def record_flights(environment: Any, logs: Path | None = None) -> None:
+    """Have NCCL keep a record of its last operations; `logs` is where it goes when one never ends."""
+    for name, value in FLIGHT_RECORDER.items():
+        environment.setdefault(name, value)
+    if logs:
+        for name in FLIGHT_RECORD:
+            environment.setdefault(name, str(logs / "nccl-rank-"))
