@@ -1,10 +1,11 @@
-import fcntl
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,7 @@ def write_checkpoint(run: Path, step: int, size: int = 1000, told: int | None = 
 
 def test_a_run_that_holds_its_lock_is_running_and_tells_rate_and_time_left(run):
     write_line(run)
-    with (run / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held(run):
         found = status_of(run)
         assert (found.state, found.why, found.step, found.ranks) == ("running", "here", 30, 2)
         assert (found.samples_per_s, found.left_s) == (2000.0, 4000.0)
@@ -61,8 +61,23 @@ def test_a_run_that_holds_its_lock_is_running_and_tells_rate_and_time_left(run):
 def test_looking_at_a_run_does_not_keep_a_job_from_it(run):
     (run / "lock").touch()
     status_of(run)
-    with (run / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with held(run):
+        assert status_of(run).state == "running"
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Another process holds the run."""
+    program = (
+        "import fcntl, sys; lock = open(sys.argv[1], 'w'); fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB); "
+        "print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(run / "lock")]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline()
+    yield
+    holder.stdin.close()
+    assert holder.wait(30) == 0
 
 
 def age(run: Path, seconds: float) -> None:
@@ -78,8 +93,7 @@ def age(run: Path, seconds: float) -> None:
 def test_a_run_that_holds_its_lock_and_says_nothing_is_silent(run):
     write_line(run)
     age(run, 3600)
-    with (run / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held(run):
         found = status_of(run)
     assert found.state == "silent"
     assert "last line 1 h ago" in found.why

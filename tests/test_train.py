@@ -188,7 +188,7 @@ def test_a_run_that_is_being_trained_cannot_be_started_a_second_time(two_ranks, 
     run = tmp_path / "small"
     run.mkdir()
     with (run / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
         for reply in two_ranks.run("run", recipe=str(recipe), overrides=[f"runs={tmp_path}", "steps=2"]):
             assert "being trained by another job" in reply["mistake"]
     assert two_ranks.run("run", recipe=str(recipe), overrides=[f"runs={tmp_path}", "steps=2"])[0] == {"code": 0}

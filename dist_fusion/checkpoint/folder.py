@@ -86,7 +86,8 @@ def _claim(
             (run / folder).mkdir(parents=True, exist_ok=True)
         lock = held.enter_context((run / "lock").open("w"))
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A lock of this process alone: loader workers, which outlive a killed rank by seconds, would keep a flock.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return f"the run {run} is being trained by another job at this moment; stop that one first"
         write_text(run / "config.yaml", dump(config))
