@@ -148,10 +148,13 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, watch: Watch
     health = Health(config.health, Steps(engine), run)
     code = None
     try:
+        position = resume(engine, run, config.seed)
+        tell_started(run, position.step)
         while code is None:
-            position = resume(engine, run, config.seed)
             health.begin(position.recent)
             code = go_on(config, parts, run, Life(engine, saver, health, stop, watch), position, device)
+            if code is None:
+                position = resume(engine, run, config.seed)
     finally:
         saver.close()
     if code == DONE and distributed.rank() == 0:
@@ -178,7 +181,8 @@ def go_on(config: Config, parts: Parts, run: Path, life: Life, position: Positio
     batches = load_batches(ahead, config.data.num_workers, pin=device.type == "cuda")
     interval = Interval(device, config.global_batch, config.steps, samples_at_peak(config, parts, ranks, device))
     board, aside = Board(run, position.step), Aside(device, config.teacher_stream)
-    begin(config, run, position.step, board)
+    if position.step == 0:
+        board.text("recipe", dump(config))
     board.quarantine(parts.stream.damages)
     log.info(
         "%s: step %d of %d, %d samples an epoch, %d ranks",
@@ -266,15 +270,12 @@ def tell_stopped(run: Path, step: int, stop: StopRequest) -> None:
         record(run, "stopped", step, {"by": by})
 
 
-def begin(config: Config, run: Path, step: int, board: Board) -> None:
-    """Tell the diary and TensorBoard that a life of the run begins. Collective."""
+def tell_started(run: Path, step: int) -> None:
+    """Write into the diary that a life of the run begins. Collective."""
     hosts = distributed.gathered(socket.gethostname())
-    if step == 0:
-        board.text("recipe", dump(config))
     if distributed.rank() == 0:
         told = {"ranks": len(hosts), "hosts": sorted(set(hosts)), "job": os.environ.get("SLURM_JOB_ID")}
-        told |= {"resumed_from": step or None, "versions": versions()}
-        record(run, "started", step, told)
+        record(run, "started", step, {**told, "resumed_from": step or None, "versions": versions()})
 
 
 def samples_at_peak(config: Config, parts: Parts, ranks: int, device: torch.device) -> float | None:
