@@ -288,7 +288,7 @@ def samples_at_peak(config: Config, parts: Parts, ranks: int, device: torch.devi
     name = torch.cuda.get_device_name(device)
     peak = peak_flops(name, sharding(ds_config(config, ranks)).dtype)
     if peak is None:
-        log.info("no speed/mfu: the peak of a %s is not in dist_fusion.monitor.peaks", name)
+        log.info("no speed/mfu: the peak of %s is not in dist_fusion.monitor.peaks", name)
         return None
     laid = next(iter(parts.stream)).batch
     return peak * config.micro_batch(ranks) / flops(parts.card, parts.teachers, laid)
