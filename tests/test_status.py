@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_fusion import cli, status
@@ -196,6 +196,7 @@ def test_the_command_needs_no_torch(run):
     assert "0 of 1,000 (0.0 %)" in done.stdout
 
 
+@settings(deadline=None)  # it writes files
 @given(noise=st.binary(max_size=300))
 def test_torn_and_foreign_bytes_in_any_file_are_passed_over(tmp_path_factory, noise):
     run = tmp_path_factory.mktemp("run")

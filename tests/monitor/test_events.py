@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_fusion.monitor.events import FILE, Event, read_events, record
@@ -41,6 +41,7 @@ def test_a_line_that_is_no_event_is_passed_over(tmp_path, line):
     assert [event.kind for event in read_events(tmp_path)] == ["finished"]
 
 
+@settings(deadline=None)  # it writes files
 @given(trees=st.lists(JSON, max_size=4), cut=st.integers(0, 200))
 def test_of_a_torn_file_every_whole_line_is_read(tmp_path_factory, trees, cut):
     path = tmp_path_factory.mktemp("lines") / "x.jsonl"
@@ -56,6 +57,7 @@ def test_of_a_torn_file_every_whole_line_is_read(tmp_path_factory, trees, cut):
     assert list(read_lines(path)) == [*trees[:kept], {"later": 1}]
 
 
+@settings(deadline=None)  # it writes files
 @given(noise=st.binary(max_size=200))
 def test_whatever_bytes_lie_between_do_not_hide_other_lines(tmp_path_factory, noise):
     run = tmp_path_factory.mktemp("run")
