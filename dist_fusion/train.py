@@ -77,7 +77,7 @@ class Parts(NamedTuple):
     identity: dict[str, object]  # what must be as it was when the run is continued
 
 
-def train(config: Config, device: torch.device) -> int:
+def train(config: Config, device: torch.device, stop: StopRequest) -> int:
     """Run the recipe to its end, or until told to stop; returns the exit code. Collective.
 
     Raises:
@@ -93,14 +93,13 @@ def train(config: Config, device: torch.device) -> int:
             return DONE
         logs = run / "logs"
         record_flights(os.environ, logs)
-        stop = StopRequest(run / "STOP", config.time_budget)
+        stop.look_for(run / "STOP", config.time_budget)
         watch = Watch(config.health.hang_minutes, logs / f"rank-{distributed.rank()}.stacks")
         (logs / f"rank-{distributed.rank()}.pid").write_text(f"{os.getpid()}\n")
         try:
             return fit(config, parts, run, stop, watch, device)
         finally:
             watch.close()
-            stop.close()
 
 
 def prepare(config: Config, device: torch.device) -> Parts:
@@ -379,16 +378,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if lacking:
                 raise UserError("it cannot start yet:\n  " + "\n  ".join(lacking))
             return DONE
+        stop = StopRequest()
         record_flights(os.environ)
         device = start_ranks()
         start_console()
         try:
-            return train(config, device)
+            return train(config, device, stop)
         except Unhealthy as error:
             if distributed.rank() == 0:
                 sys.stderr.write(f"dist-fusion: {error}\n")
             return FAILURE
         finally:
+            stop.close()
             stop_ranks()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node
