@@ -166,7 +166,7 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, device: torc
         return CONTINUE
     if distributed.rank() == 0:
         newest = checkpoint.list_whole(run)[-1].folder
-        save_model(run, parts.card, full_weights(newest.parent, newest.name))
+        save_model(run, parts.card, full_weights(newest))
     distributed.barrier()
     return DONE
 
