@@ -3,8 +3,8 @@
 import hashlib
 
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
 from dist_fusion.types import Batch, Output
@@ -16,7 +16,7 @@ class Anchored(nn.Module):
 
     def __init__(self, seed: int):
         super().__init__()
-        self.student = tiny.model(tiny.model_config(), tiny.PRETRAINING, seed)
+        self.student = tiny.model(tiny.model_config(num_layers=1, num_fusion_layers=1), tiny.PRETRAINING, seed)
         self.anchor = nn.Parameter(torch.rand(7) + 0.5, requires_grad=False)
         self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
         self.second.weight = self.first.weight
@@ -27,7 +27,7 @@ class Anchored(nn.Module):
         self.calls += 1
         self.level += 1 / 3
         output = self.student(batch)
-        factor = self.anchor.mean() + self.second(self.first(self.level.detach())).mean()
+        factor = self.anchor.mean() + self.second(self.first(self.level.to(self.anchor.dtype))).mean()
         return output._replace(logits={name: logits * factor for name, logits in output.logits.items()})
 
 
@@ -43,13 +43,14 @@ def of_engine(engine) -> dict[str, str]:
             found[f"{name} weights"] = parameter.detach().clone()
         if parameter.requires_grad:
             found[f"{name} master"] = safe_get_full_fp32_param(parameter)
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in ("exp_avg", "exp_avg_sq") if engine.global_steps else ():
                 found[f"{name} {moment}"] = safe_get_full_optimizer_state(parameter, moment)
-    steps = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
+    steps = {int(state.get("step", 0)) for state in engine.optimizer.optimizer.state.values()}
     rates = [[group["lr"], group["multiplier"], group["weight_decay"]] for group in engine.optimizer.param_groups]
-    scale = getattr(engine.optimizer.loss_scaler, "__dict__", {})
+    scaler = engine.optimizer.loss_scaler
     plain = {
-        "steps": sorted(steps), "rates": rates, "schedule": engine.lr_scheduler.last_epoch, "scale": sorted(scale),
+        "steps": sorted(steps), "rates": rates, "schedule": engine.lr_scheduler.last_epoch,
+        "scaler": [type(scaler).__name__, sorted(vars(scaler).items())],
         "counts": [engine.global_steps, engine.skipped_steps, engine.global_samples],
     }  # fmt: skip
     return {name: digest(value) for name, value in found.items()} | {key: str(value) for key, value in plain.items()}
