@@ -16,6 +16,11 @@ from tests.ranks import Ranks
 KINDS = ["zero1", "zero2-bf16", "zero3"]
 CLOSE = {"zero1": 1e-5, "zero2-bf16": 5e-2, "zero3": 1e-5}
 """How near losses are on another number of ranks: in bf16 the gradients of each micro-batch are rounded to 2 ** -8."""
+FOURS = {
+    "plain": {"stage": 1},
+    "in turns": {"stage": 2, "round_robin_gradients": True},
+    "in sub-groups": {"stage": 3, "sub_group_size": 300},
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +77,14 @@ def test_full_weights_are_the_masters_and_all_else_that_the_model_has(saved):
 
 @pytest.mark.launch
 def test_four_ranks_become_two_and_two_become_four(two_ranks, recipe, tmp_path):
-    """With four ranks, parameters of three elements are on some ranks only."""
+    """Also where the order of parameters or the sub-groups are others on another number of ranks."""
     four_ranks = Ranks(4, tmp_path / "four.log")
     try:
-        for kind in KINDS:
-            asked = {"recipe": recipe, "overrides": [f"deepspeed={kind}"]}
-            first, second = (str(tmp_path / kind / part) for part in ("first", "second"))
+        for name, zero in FOURS.items():
+            own = tmp_path / f"{name}.json"
+            own.write_text(json.dumps({"zero_optimization": zero}))
+            asked = {"recipe": recipe, "overrides": [f"deepspeed={own}"]}
+            first, second = (str(tmp_path / name / part) for part in ("first", "second"))
             ended = four_ranks.run("life", steps=1, save_to=first, **asked)[0]["ended"]
             on_two = two_ranks.run("life", steps=1, load_from=first, seed=1, save_to=second, **asked)
             assert [reply["begun"] for reply in on_two] == [ended] * 2
