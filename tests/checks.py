@@ -18,8 +18,10 @@ from dist_fusion import distributed
 from dist_fusion.config import load
 from dist_fusion.data.stream import Loaded
 from dist_fusion.distill import DistillConfig, objective, row_weights
+from dist_fusion.engine.elastic import load_elastic, load_recut
 from dist_fusion.engine.optimizer import base_learning_rate, build_engine
 from dist_fusion.engine.sharding import ds_config
+from dist_fusion.engine.state import SavedState
 from dist_fusion.engine.steps import Steps
 from dist_fusion.evaluate import evaluate
 from dist_fusion.health import Health, Unhealthy
@@ -30,7 +32,7 @@ from dist_fusion.preemption import StopRequest
 from dist_fusion.schema import UserError
 from dist_fusion.train import train
 from dist_fusion.types import Batch, HeadSpec
-from tests import tiny
+from tests import kept, tiny
 
 CPU = torch.device("cpu")
 
@@ -265,7 +267,60 @@ def storage_bytes(tensors: list) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def life(
+    recipe: str,
+    overrides: list[str],
+    steps: int,
+    load_from: str | None = None,
+    save_to: str | None = None,
+    recut: bool = False,
+    seed: int = 0,
+) -> dict:
+    """Some steps of a model with frozen, tied and uncounted parts: losses, and what the engine holds by name.
+
+    It begins with the checkpoint `load_from`, if any, and leaves `save_to`. With `recut` shards are put together anew
+    whatever the number of ranks.
+    """
+    config = load(recipe, overrides)
+    ranks, rank = distributed.world_size(), distributed.rank()
+    torch.manual_seed(seed)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = build_engine(kept.Anchored(seed), config, ranks)
+        if load_from and recut:
+            load_recut(engine, SavedState(Path(load_from)))
+        elif load_from:
+            load_elastic(engine, Path(load_from))
+    begun = kept.of_engine(engine) if load_from else {}
+    seen = []
+    for step in range(engine.global_steps, engine.global_steps + steps):
+        size = 16 // ranks
+        batch = tiny.batch(tiny.PRETRAINING, tiny.samples(size, start=16 * step + size * rank))
+        rows = distributed.summed(row_weights([batch], tiny.PRETRAINING))
+        loss = objective(DistillConfig(targets="none"), tiny.PRETRAINING, batch, engine(batch), (), rows)
+        engine.backward(loss.total * ranks)
+        engine.step()
+        seen.append(distributed.summed(loss.total.detach()).item())
+    ended = kept.of_engine(engine)
+    if save_to:
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine.save_checkpoint(str(Path(save_to).parent), tag=Path(save_to).name, save_latest=False)
+        distributed.barrier()
+    return {"begun": begun, "losses": seen, "ended": ended}
+
+
+def refusal(recipe: str, overrides: list[str], load_from: str) -> str:
+    """What a checkpoint is refused with."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = build_engine(kept.Anchored(0), load(recipe, overrides), distributed.world_size())
+    try:
+        load_elastic(engine, Path(load_from))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 CHECKS = {
     "losses": losses, "contrast": contrast, "scores": scores, "stop_flag": stop_flag, "run": run, "parsed": parsed,
     "rates": rates, "held": held, "unhealthy": unhealthy,
+    "life": life, "refusal": refusal,
 }  # fmt: skip
