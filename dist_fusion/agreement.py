@@ -4,7 +4,8 @@ Both are read at log steps alone, without gradient and without random numbers.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,21 +31,34 @@ def attention_readings(taps: Mapping[str, Tap], lessons: Sequence[Lesson], pairs
     is a mean over heads and valid queries; several teachers are averaged by weight. `pairs` are rows of the batch.
     """
     found: dict[str, Tensor] = {}
-    ours = {site: _few(tap, pairs) for site, tap in taps.items()}
-    for site, tap in ours.items():
-        found[f"attention/entropy/{site}"] = _total(entropy(attention(tap)), tap)
+    ours = {site: _look(tap, pairs) for site, tap in taps.items()}
+    for site, look in ours.items():
+        found[f"attention/entropy/{site}"] = _total(entropy(look.rows), look)
     weight = sum(lesson.weight for lesson in lessons)
     for lesson in lessons:
         share = lesson.weight / weight
-        theirs = {site: _few(tap, pairs) for site, tap in lesson.output.taps.items()}
-        for site, tap in theirs.items():
-            _add(found, f"attention/entropy/teacher.{site}", _total(entropy(attention(tap)), tap) * share)
-        for site, mine, tap in _opposite(ours, theirs):
-            top = attention(tap).argmax(-1)
+        theirs = {site: _look(tap, pairs) for site, tap in lesson.output.taps.items()}
+        for site, look in theirs.items():
+            _add(found, f"attention/entropy/teacher.{site}", _total(entropy(look.rows), look) * share)
+        for site, look in ours.items():
+            top = theirs[site.split(".")[-1]].top  # the word after the dot is the teacher's site
             top = top if lesson.head_map is None else torch.stack([top[:, head] for head in lesson.head_map], 1)
-            same = (attention(mine).argmax(-1) == top).float()
-            _add(found, f"attention/top_patch_match/{site}", _total(same, mine) * share)
+            _add(found, f"attention/top_patch_match/{site}", _total((look.top == top).float(), look) * share)
     return found
+
+
+class _Look(NamedTuple):
+    """How a site attends."""
+
+    rows: Tensor  # [P, H, M, N]
+    top: Tensor  # [P, H, M]: the highest key
+    query_mask: Tensor  # [P, M]
+
+
+def _look(tap: Tap, pairs: Tensor) -> _Look:
+    few = to_device(pairs, tap.query.device)
+    rows = attention(Tap(*(part.detach()[few] for part in tap)))
+    return _Look(rows, rows.argmax(-1), tap.query_mask[few])
 
 
 def attention(tap: Tap) -> Tensor:
@@ -63,21 +77,11 @@ def entropy(rows: Tensor) -> Tensor:
     return -torch.xlogy(rows, rows).sum(-1)
 
 
-def _few(tap: Tap, pairs: Tensor) -> Tap:
-    rows = to_device(pairs, tap.query.device)
-    return Tap(*(part.detach()[rows] for part in tap))
-
-
-def _total(rows: Tensor, tap: Tap) -> Tensor:
+def _total(rows: Tensor, look: _Look) -> Tensor:
     """[P, H, M] -> the sum over pairs of the mean over heads and valid queries, and the number of pairs."""
-    valid = tap.query_mask.to(rows.dtype)
+    valid = look.query_mask.to(rows.dtype)
     by_pair = (rows.mean(1) * valid).sum(-1) / valid.sum(-1).clamp(min=1)
     return torch.stack([by_pair.sum(), by_pair.new_full((), len(by_pair))])
-
-
-def _opposite(ours: Mapping[str, Tap], theirs: Mapping[str, Tap]) -> Iterator[tuple[str, Tap, Tap]]:
-    """Each of our sites beside the teacher's of the same direction: the word after the dot names it."""
-    return ((site, tap, theirs[site.split(".")[-1]]) for site, tap in ours.items())
 
 
 def _add(found: dict[str, Tensor], path: str, value: Tensor) -> None:

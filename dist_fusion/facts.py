@@ -64,17 +64,14 @@ class Facts(NamedTuple):
     shape: str  # of the sample that was counted, in words
 
 
-def measure(
-    config: Config, card: ModelCard, ranks: int, teachers: Sequence[Teacher], laid: Batch | None = None
-) -> Facts:
+def measure(config: Config, card: ModelCard, ranks: int, teachers: Sequence[Teacher]) -> Facts:
     """The facts of what `config` trains on so many ranks, with its teachers or others of their sizes.
 
-    They are of the micro-batch `laid`, or of one with the longest texts. No random numbers are drawn. Raises UserError
-    like `ds_config`.
+    Raises UserError like `ds_config`.
     """
     tasks, size, samples = config.active_tasks(), config.model.image_size, config.micro_batch(ranks)
     shards = sharding(ds_config(config, ranks))
-    laid = longest_batch(config, card, samples) if laid is None else laid
+    laid = longest_batch(config, card, samples)
     rows = row_weights([laid], tasks)
     with torch.device("meta"):
         student = build_model(card).to(shards.dtype)
@@ -85,9 +82,8 @@ def measure(
         lessons: list[Lesson] = []
         taught: dict[str, Part] = {}
         for teacher in teachers:
-            state = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in teacher.model.state_dict().items()}
             with flop_counter() as counts, torch.no_grad():
-                output = torch.func.functional_call(teacher.model, state, (batch,))  # wherever its weights are
+                output = teacher.model(batch)
             lessons.append(Lesson(output, teacher.weight, teacher.soft, teacher.head_map))
             for name, part in _parts(teacher.model, counts, samples).items():
                 known = taught.get(name, Part(0, 0.0))
@@ -222,10 +218,24 @@ def _parts(model: nn.Module, counter: FlopCounterMode, samples: int) -> dict[str
     }
 
 
-def flops(facts: Facts) -> float:
-    """Floating-point operations that training on a sample takes: the student's way back counts as two forwards."""
-    student, teacher = (sum(part.multiply_adds for part in one.values()) for one in (facts.student, facts.teacher))
-    return 2 * (3 * student + teacher)
+def flops(card: ModelCard, teachers: Sequence[Teacher], laid: Batch) -> float:
+    """Floating-point operations that training on a micro-batch takes, its losses left out.
+
+    The student's way back counts as two forwards, whatever is computed again to save memory; a teacher has none. The
+    weights may be anywhere, and no random numbers are drawn.
+    """
+    with torch.device("meta"):
+        student = build_model(card)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        batch = laid._replace(images=torch.empty(laid.images.shape))
+
+        def forward(model: nn.Module) -> int:
+            weights = {name: torch.empty(tensor.shape) for name, tensor in model.state_dict().items()}
+            with flop_counter() as counts:
+                torch.func.functional_call(model, weights, (batch,))
+            return counts.get_total_flops()
+
+        return 3 * forward(student) + sum(forward(teacher.model) for teacher in teachers)
 
 
 def table(facts: Facts) -> str:

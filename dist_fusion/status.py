@@ -217,7 +217,11 @@ def as_text(status: Status, colours: bool) -> str:
     left = f"{spoken(status.left_s)} left" if status.left_s is not None else ""
     share = f"{100 * status.step / max(status.steps, 1):.1f} %"
     ranks = f"{status.ranks} ranks" if status.ranks else ""
-    troubles = {"restarts": status.restarts, "steps skipped": status.skipped_steps, "rolled back": status.rolled_back}
+    troubles = {
+        "started again": status.restarts,
+        "skipped steps": status.skipped_steps,
+        "rolled back": status.rolled_back,
+    }
     newest = status.checkpoint
     kept = (
         f"step {newest.step:,}, {spoken(newest.age_s)} ago, {size_in_words(newest.size)}" if newest else "none is whole"
@@ -226,10 +230,10 @@ def as_text(status: Status, colours: bool) -> str:
         "run": status.run,
         "state": f"{painted(status.state, status.state, colours)}{f' ({status.why})' if status.why else ''}",
         "step": ", ".join(filter(None, [f"{status.step:,} of {status.steps:,} ({share})", rate, ranks, left])),
-        "troubles": ", ".join(f"{count:,} {name}" for name, count in troubles.items() if count) or "none",
+        "troubles": ", ".join(f"{name} {count:,}" for name, count in troubles.items() if count) or "none",
         "data": ", ".join(f"{count:,} × {reason}" for reason, count in status.skipped_samples.items())
         or "no samples skipped",
-        "checkpoint": f"{kept}; {status.checkpoints} of them, {size_in_words(status.disk)} on disk",
+        "checkpoint": f"{kept}; {status.checkpoints} in all, {size_in_words(status.disk)} on disk",
         "losses": _figures(status.losses, 4),
         "scores": f"{_figures(status.scores, 2)} at step {status.scored_at:,}" if status.scored_at is not None else "",
     }

@@ -54,7 +54,7 @@ from dist_fusion.monitor.console import log, progress_line, start_console
 from dist_fusion.monitor.events import record
 from dist_fusion.monitor.interval import Interval
 from dist_fusion.monitor.peaks import peak_flops
-from dist_fusion.monitor.pictures import Overlays, fixed_batch
+from dist_fusion.monitor.pictures import Overlays, fixed_scenes
 from dist_fusion.preemption import StopRequest
 from dist_fusion.schema import UserError, leaves
 from dist_fusion.tasks import Task, to_score
@@ -124,7 +124,7 @@ def prepare(config: Config, device: torch.device) -> Parts:
         dev = Stream(held_out, to_score(tasks), tokenizer, config.model.image_size, plan, endless=False)
     overlays = None
     if config.overlays_every():
-        shown = fixed_batch(config.data, tasks, tokenizer, config.model.image_size, config.seed)
+        shown = fixed_scenes(config.data, tasks, tokenizer, config.model.image_size, config.seed)
         overlays = Overlays(shown, teachers, tokenizer.entries, device)
     identity = {
         **{f"model.{key}": value for key, value in asdict(config.model).items()},
@@ -147,10 +147,13 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, watch: Watch
     health = Health(config.health, Steps(engine), run)
     code = None
     try:
+        position = resume(engine, run, config.seed)
+        tell_started(run, position.step)
         while code is None:
-            position = resume(engine, run, config.seed)
             health.begin(position.recent)
             code = go_on(config, parts, run, Life(engine, saver, health, stop, watch), position, device)
+            if code is None:
+                position = resume(engine, run, config.seed)
     finally:
         saver.close()
     if code == DONE and distributed.rank() == 0:
@@ -177,7 +180,8 @@ def go_on(config: Config, parts: Parts, run: Path, life: Life, position: Positio
     batches = load_batches(ahead, config.data.num_workers, pin=device.type == "cuda")
     interval = Interval(device, config.global_batch, config.steps, samples_at_peak(config, parts, ranks, device))
     board, aside = Board(run, position.step), Aside(device, config.teacher_stream)
-    begin(config, run, position.step, board)
+    if position.step == 0:
+        board.text("recipe", dump(config))
     board.quarantine(parts.stream.damages)
     log.info(
         "%s: step %d of %d, %d samples an epoch, %d ranks",
@@ -265,31 +269,28 @@ def tell_stopped(run: Path, step: int, stop: StopRequest) -> None:
         record(run, "stopped", step, {"by": by})
 
 
-def begin(config: Config, run: Path, step: int, board: Board) -> None:
-    """Tell the diary and TensorBoard that a life of the run begins. Collective."""
+def tell_started(run: Path, step: int) -> None:
+    """Write into the diary that a life of the run begins. Collective."""
     hosts = distributed.gathered(socket.gethostname())
-    if step == 0:
-        board.text("recipe", dump(config))
     if distributed.rank() == 0:
         told = {"ranks": len(hosts), "hosts": sorted(set(hosts)), "job": os.environ.get("SLURM_JOB_ID")}
-        told |= {"resumed_from": step or None, "versions": versions()}
-        record(run, "started", step, told)
+        record(run, "started", step, {**told, "resumed_from": step or None, "versions": versions()})
 
 
 def samples_at_peak(config: Config, parts: Parts, ranks: int, device: torch.device) -> float | None:
-    """How many samples a second a rank's device could train at its peak; None, and said why, where that is not known.
+    """How many samples a second a rank's device could train at its peak, by the operations of its first micro-batch.
 
-    By the multiply-adds of the first micro-batch: as much for the student's way back as twice for its forward, whatever
-    is computed again to save memory.
+    None, and said why, where that is not known; and on all ranks but the first, which alone tells of it.
     """
-    if device.type != "cuda":
+    if distributed.rank() or device.type != "cuda":
         return None
-    name, dtype = torch.cuda.get_device_name(device), sharding(ds_config(config, ranks)).dtype
-    peak = peak_flops(name, dtype)
+    name = torch.cuda.get_device_name(device)
+    peak = peak_flops(name, sharding(ds_config(config, ranks)).dtype)
     if peak is None:
-        log.info("no speed/mfu: the peak of a %s is not in dist_fusion.monitor.peaks", name)
+        log.info("no speed/mfu: the peak of %s is not in dist_fusion.monitor.peaks", name)
         return None
-    return peak / flops(measure(config, parts.card, ranks, parts.teachers, next(iter(parts.stream)).batch))
+    laid = next(iter(parts.stream)).batch
+    return peak * config.micro_batch(ranks) / flops(parts.card, parts.teachers, laid)
 
 
 def model_card(config: Config, tokenizer: Tokenizer) -> ModelCard:

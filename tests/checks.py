@@ -19,7 +19,7 @@ from dist_fusion.config import load
 from dist_fusion.data.stream import Loaded
 from dist_fusion.distill import DistillConfig, objective, row_weights
 from dist_fusion.engine.elastic import load_elastic, load_recut
-from dist_fusion.engine.optimizer import base_learning_rate, build_engine
+from dist_fusion.engine.optimizer import build_engine, learning_rates
 from dist_fusion.engine.sharding import ds_config
 from dist_fusion.engine.state import SavedState
 from dist_fusion.engine.steps import Steps
@@ -28,6 +28,7 @@ from dist_fusion.health import Health, Unhealthy
 from dist_fusion.models.execution import set_execution
 from dist_fusion.models.heads import ContrastHead, Features
 from dist_fusion.monitor.events import read_events
+from dist_fusion.monitor.interval import Interval
 from dist_fusion.preemption import StopRequest
 from dist_fusion.schema import UserError
 from dist_fusion.train import train
@@ -201,6 +202,19 @@ def _stop_later(folder: Path, step: int) -> None:
     (folder / "STOP").touch()
 
 
+def interval() -> dict:
+    """What two steps tell whose losses, waits and readings are those of the rank; rank 1 was slow, and had no pair."""
+    rank = distributed.rank()
+    found = Interval(CPU, 8, 10)
+    for step in range(2):
+        found.fetch(iter([Loaded(tiny.batch(tiny.PRETRAINING, tiny.samples(4)), ())]), 1)
+        with found.phase("student"):
+            time.sleep(0.02 * rank)
+        found.add(torch.tensor(1.0 + rank + step), {"hard/itm": torch.tensor(0.5)})
+    readings = {"attention/entropy/t2i": torch.tensor([4.0, 2.0]) * (1 - rank)}
+    return found.read(2, torch.tensor(0.25), readings)
+
+
 class DataParallel(NamedTuple):
     """How DeepSpeed is told of another number of ranks than there are."""
 
@@ -222,13 +236,13 @@ def parsed(recipe: str, overrides: list[str], ranks: int) -> dict:
 
 
 def rates(recipe: str, overrides: list[str]) -> list:
-    """The base rate told at the beginning of some steps, and the rates of all groups."""
+    """The rates told at the beginning of some steps, and those of all groups."""
     config = load(recipe, overrides)
     with contextlib.redirect_stdout(io.StringIO()):
         engine = build_engine(tiny.model(tiny.model_config(), tiny.PRETRAINING), config, distributed.world_size())
     seen = []
     for step in range(4):
-        seen.append([base_learning_rate(engine), [group["lr"] for group in engine.optimizer.param_groups]])
+        seen.append([learning_rates(engine), [group["lr"] for group in engine.optimizer.param_groups]])
         logits = engine(tiny.batch(tiny.PRETRAINING, tiny.samples(4, start=4 * step))).logits
         engine.backward(sum(values.sum() for values in logits.values()))
         engine.step()
@@ -321,6 +335,5 @@ def refusal(recipe: str, overrides: list[str], load_from: str) -> str:
 
 CHECKS = {
     "losses": losses, "contrast": contrast, "scores": scores, "stop_flag": stop_flag, "run": run, "parsed": parsed,
-    "rates": rates, "held": held, "unhealthy": unhealthy,
-    "life": life, "refusal": refusal,
+    "rates": rates, "held": held, "unhealthy": unhealthy, "life": life, "refusal": refusal, "interval": interval,
 }  # fmt: skip

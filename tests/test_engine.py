@@ -137,12 +137,15 @@ def test_a_prefix_without_parameters_is_refused_with_the_known_ones(prefix, mess
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_schedule_scales_every_group_and_the_rate_told_is_the_base_rate(two_ranks, tiny_recipe, stage):
+def test_the_schedule_scales_every_group_and_each_is_told_by_its_multiplier(two_ranks, tiny_recipe, stage):
     overrides = [f"deepspeed=zero{stage}", f"optimizer.multipliers={json.dumps(MULTIPLIERS)}"]
     for reply in two_ranks.run("rates", recipe=str(tiny_recipe), overrides=overrides):
-        for step, (base, rates) in enumerate(reply):
+        for step, (told, rates) in enumerate(reply):
             expected = 1e-3 * min(1, (10 - step) / 9)  # one step of warm-up, then down to 0 at step 10
-            assert base == pytest.approx(expected)
+            groups = {"base": 1, "x0.5": 0.5, "x5": 5, "x10": 10}
+            named = {f"/{name}{end}": of * expected for name, of in groups.items() for end in ("", ".no_decay")}
+            paths = {f"optimizer/learning_rate{name}": rate for name, rate in {"": expected, **named}.items()}
+            assert told == pytest.approx(paths)
             assert sorted(rates) == pytest.approx(sorted(m * expected for m in (0.5, 0.5, 1, 1, 5, 5, 10, 10)))
 
 

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from dist_fusion.config import load
 from dist_fusion.distill import objective, row_weights
 from dist_fusion.engine.sharding import Sharding, ds_config, sharding
-from dist_fusion.facts import Facts, longest_batch, measure, static_memory, table
+from dist_fusion.facts import Facts, flop_counter, flops, longest_batch, measure, static_memory, table
 from dist_fusion.models.execution import set_execution
 from dist_fusion.models.fusion import FUSIONS
 from dist_fusion.models.layers import Block, CrossLayer
@@ -163,3 +163,17 @@ def test_the_table_names_every_part_of_both_models_on_one_screen(tiny_recipe):
     assert f"{sum(part.parameters for part in facts.teacher.values()):,}" in table(facts)
     assert "an estimate" in table(facts)
     assert "images 1, texts 2, pairs 2.5, 12 tokens a text" in table(facts)
+
+
+def test_the_operations_of_a_micro_batch_are_those_of_three_forwards_and_the_teachers_one():
+    student, taught = tiny.model(tiny.model_config(), tiny.PRETRAINING), teachers()
+    laid = tiny.batch(tiny.PRETRAINING, tiny.samples(4))
+    with torch.no_grad():
+        with flop_counter() as own:
+            student(laid)
+        with flop_counter() as theirs:
+            taught[0].model(laid)
+    before = torch.get_rng_state()
+    told = flops(tiny.card(tiny.model_config(), tiny.PRETRAINING), taught, laid)
+    assert told == 3 * own.get_total_flops() + theirs.get_total_flops() > 0
+    assert torch.equal(torch.get_rng_state(), before), "counting must not change a run"

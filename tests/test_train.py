@@ -251,3 +251,15 @@ def test_only_held_out_shards_are_scored_also_beside_several_sources(recipe, sha
     parts = train.prepare(config, torch.device("cpu"))
     assert parts.stream.num_samples == 3 * 41
     assert parts.dev is not None and parts.dev.num_samples == 41
+
+
+def test_what_a_gpu_could_do_at_most_is_told_if_it_is_known(recipe, monkeypatch, caplog):
+    config = load(recipe, [])
+    parts, gpu = train.prepare(config, torch.device("cpu")), torch.device("cuda")
+    assert train.samples_at_peak(config, parts, 1, torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert train.samples_at_peak(config, parts, 1, gpu) > 1e6
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus 3")
+    with caplog.at_level("INFO", "dist_fusion"):
+        assert train.samples_at_peak(config, parts, 1, gpu) is None
+    assert "no speed/mfu: the peak of Abacus 3" in caplog.text

@@ -30,20 +30,24 @@ class Board:
         if self._active:
             path = run / "metrics.jsonl"
             path.touch()
-            os.truncate(path, _end_of(path, step))
+            end, self._told = _kept(path, step)
+            os.truncate(path, end)
             self._file = path.open("a")
             # A run that starts anew drops everything, its recipe too, which is written at step 0.
             self._board = SummaryWriter(str(run / "tb"), purge_step=step + 1 if step else 0)
             self._quarantine = run / "quarantine.jsonl"
             listed = self._quarantine.read_text().splitlines() if self._quarantine.exists() else []
             self._listed = set(listed)
-            self._last: dict[str, float] = {}
+            self._step, self._last = step, dict(self._told)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write `values` of `step` everywhere."""
+        """Write `values` of `step` everywhere, but for what an earlier life has told of the step resumed from."""
         if self._active:
-            print(json.dumps({"step": step, **values}), file=self._file, flush=True)
-            for key, value in values.items():
+            known = self._told if step == self._step else {}
+            fresh = {key: value for key, value in values.items() if key not in known}
+            if fresh:
+                print(json.dumps({"step": step, **fresh}), file=self._file, flush=True)
+            for key, value in fresh.items():
                 self._board.add_scalar(key, value, step)
             self._board.flush()
             self._last |= values
@@ -90,8 +94,12 @@ class Board:
             self._board.close()
 
 
-def _end_of(metrics: Path, step: int) -> int:
-    """Bytes up to the last whole line of `step` or before: a killed run leaves later ones, and may leave a torn one."""
+def _kept(metrics: Path, step: int) -> tuple[int, dict[str, float]]:
+    """Bytes up to the last whole line of `step` or before, and all that is told there of `step`.
+
+    A killed run leaves later lines, and may leave a torn one.
+    """
+    told: dict[str, float] = {}
     end = position = 0
     with metrics.open("rb") as file:
         for line in file:
@@ -99,5 +107,7 @@ def _end_of(metrics: Path, step: int) -> int:
             tree = parsed(line)
             if tree is not None and tree["step"] > step:
                 break
-            end = end if tree is None else position
-    return end
+            if tree is not None:
+                end = position
+                told |= tree if tree["step"] == step else {}
+    return end, {key: value for key, value in told.items() if key != "step"}

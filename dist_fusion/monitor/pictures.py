@@ -1,7 +1,9 @@
 """Where words look: attention over a few pictures that stay the same, teacher beside student, all through a run."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -24,122 +26,120 @@ INCH = 1.9
 """The side of a picture."""
 
 
-class Query(NamedTuple):
-    """A token whose attention is shown."""
+class Scene(NamedTuple):
+    """A picture with a text, and the tokens whose attention is shown."""
 
+    batch: Batch  # of one sample, so that no text is beside a picture of another
     pair: int
-    place: int  # in its text
-    title: str
+    places: tuple[int, ...]  # of tokens in the text
+    words: tuple[str, ...]  # those tokens
 
 
 class Heat(NamedTuple):
-    """Where the queries look, by whom: [Q, side, side], shares of the patches, the class token left out."""
+    """Where all scenes' tokens look, by whom: [Q, side, side], shares of the patches, without the class token."""
 
     title: str
     shares: Tensor
 
 
-def fixed_batch(
+def fixed_scenes(
     config: DataConfig, tasks: Mapping[str, Task], tokenizer: Tokenizer, image_size: int, seed: int
-) -> Batch:
+) -> list[Scene]:
     """The same few samples for every rank and life: those that come first in the order of `seed`.
 
     Held-out ones, or of the training shards where none are held out. Collective. Raises UserError like `Stream`.
     """
     plain = replace(config, augment="none")
     held_out = replace(plain, shards=config.dev, sources={}) if config.dev else plain
-    stream = Stream(held_out, tasks, tokenizer, image_size, Plan(FEW, rank=0, world_size=1, seed=seed))
-    return next(iter(stream)).batch
+    stream = Stream(held_out, tasks, tokenizer, image_size, Plan(1, rank=0, world_size=1, seed=seed))
+    return [scene(loaded.batch, tokenizer.entries) for loaded in islice(stream, FEW) if len(loaded.batch.pairs)]
 
 
-def chosen_queries(batch: Batch, entries: Sequence[str]) -> list[Query]:
-    """Of each picture's first pair, one whose attention is distilled if there is one: the class token and one word.
+def scene(batch: Batch, entries: Sequence[str]) -> Scene:
+    """Of a sample's first pair, one whose attention is distilled if there is one, the class token and one word.
 
     The word is the longest, and of several the first, since long words mean something. `entries` name the tokens.
     """
-    weight = batch.weights["attention"]
-    order = sorted(range(len(batch.pairs)), key=lambda pair: (-float(weight[pair] > 0), pair))
-    shown: dict[int, int] = {}
-    for pair in order:
-        shown.setdefault(int(batch.pairs[pair, 0]), pair)
-    found = []
-    for _, pair in sorted(shown.items())[:FEW]:
-        text = int(batch.pairs[pair, 1])
-        words = [entries[i] for i in batch.text_ids[text, batch.text_mask[text]].tolist()]
-        place = max(range(len(words)), key=lambda i: (words[i][:1] != "[", len(words[i].removeprefix("##")), -i))
-        found += [Query(pair, 0, words[0]), Query(pair, place, words[place].removeprefix("##"))]
-    return found
+    pair = int((batch.weights["attention"] > 0).float().argmax())
+    words = _words(batch, pair, entries)
+    place = max(range(len(words)), key=lambda i: (words[i][:1] != "[", len(words[i].removeprefix("##")), -i))
+    return Scene(batch, pair, (0, place), (words[0], words[place].removeprefix("##")))
+
+
+def _words(batch: Batch, pair: int, entries: Sequence[str]) -> list[str]:
+    text = int(batch.pairs[pair, 1])
+    return [entries[i] for i in batch.text_ids[text, batch.text_mask[text]].tolist()]
 
 
 @torch.no_grad()
-def heats(
-    model: nn.Module, teachers: Sequence[Teacher], batch: Batch, queries: Sequence[Query], device: torch.device
-) -> list[Heat]:
-    """Where `queries` look at each site whose keys are patches, the teachers' first. Collective: every rank runs it.
+def heats(model: nn.Module, teachers: Sequence[Teacher], scenes: Sequence[Scene], device: torch.device) -> list[Heat]:
+    """Where the tokens look at each site whose keys are patches, the teachers' first. Collective: every rank runs it.
 
     It draws no random numbers, and leaves the model in the mode in which it was.
     """
     training = model.training
     model.eval()
-    batch = to_device(batch, device)
-    lessons = teach(teachers, batch)
-    taps = {"teacher" if len(lessons) == 1 else f"teacher {n}": one.output.taps["t2i"] for n, one in enumerate(lessons)}
-    taps |= {site: tap for site, tap in model(batch).taps.items() if site.endswith("t2i")}
+    found: dict[str, list[Tensor]] = {}
+    for one in scenes:
+        batch = to_device(one.batch, device)
+        lessons = teach(teachers, batch)
+        names = ["teacher"] if len(lessons) == 1 else [f"teacher {number}" for number in range(len(lessons))]
+        taps = {name: lesson.output.taps["t2i"] for name, lesson in zip(names, lessons, strict=True)}
+        taps |= {site: tap for site, tap in model(batch).taps.items() if site.endswith("t2i")}
+        for title, tap in taps.items():
+            found.setdefault(title, []).append(_over_patches(tap, one))
     model.train(training)
-    return [Heat(title, _over_patches(tap, queries)) for title, tap in taps.items()]
+    return [Heat(title, torch.cat(shares)) for title, shares in found.items()]
 
 
-def _over_patches(tap: Tap, queries: Sequence[Query]) -> Tensor:
-    """[Q, side, side]: the mean of the heads, on the host."""
-    rows = attention(Tap(*(part[[query.pair for query in queries]] for part in tap))).mean(1)
-    own = rows[range(len(queries)), [query.place for query in queries], 1:]
-    side = round(own.shape[-1] ** 0.5)
-    return own.view(-1, side, side).cpu()
+def _over_patches(tap: Tap, one: Scene) -> Tensor:
+    """[tokens, side, side]: the mean of the heads, on the host."""
+    rows = attention(Tap(*(part[one.pair, None] for part in tap)))[0].mean(0)[[*one.places], 1:]
+    side = round(rows.shape[-1] ** 0.5)
+    return rows.view(-1, side, side).cpu()
 
 
-def draw(batch: Batch, queries: Sequence[Query], seen: Sequence[Heat], entries: Sequence[str]) -> NDArray[np.uint8]:
-    """A picture [h, w, 3]: a row a query, its image and text at the left, then whose attention it is above each."""
+def draw(scenes: Sequence[Scene], seen: Sequence[Heat], entries: Sequence[str]) -> NDArray[np.uint8]:
+    """A picture [h, w, 3]: a row a token, its image and text at the left, then whose attention it is above each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: it takes half a second, and rank 0 alone draws
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(INCH * (1 + len(seen)), INCH * 1.25 * len(queries)), dpi=100, layout="tight")
+    tokens = [(one, word) for one in scenes for word in one.words]
+    figure = Figure(figsize=(INCH * (1 + len(seen)), INCH * 1.2 * len(tokens)), dpi=100)
     canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(len(queries), 1 + len(seen), squeeze=False)
-    size = batch.images.shape[-1]
-    for number, (query, row) in enumerate(zip(queries, axes, strict=True)):
-        image, text = batch.pairs[query.pair].tolist()
-        pixels = (batch.images[image].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy()
-        row[0].set_title(_sentence(batch, text, entries), fontsize=7)
+    axes = figure.subplots(len(tokens), 1 + len(seen), squeeze=False)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.25 / len(tokens), wspace=0.05, hspace=0.25)
+    for number, ((one, word), row) in enumerate(zip(tokens, axes, strict=True)):
+        pixels = (one.batch.images[one.batch.pairs[one.pair, 0]].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy()
+        size = pixels.shape[0]
+        row[0].set_title(_lines(_words(one.batch, one.pair, entries)), fontsize=7)
         for panel in row:
             panel.imshow(pixels, extent=(0, size, size, 0))
             panel.axis("off")
         for heat, panel in zip(seen, row[1:], strict=True):
             shares = heat.shares[number].numpy()
             panel.imshow(shares, cmap="inferno", alpha=0.6, extent=(0, size, size, 0), interpolation="bilinear", vmin=0)
-            panel.set_title(f"{heat.title}: “{query.title}”", fontsize=8)
+            panel.set_title(f"{heat.title}: “{word}”", fontsize=8)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _sentence(batch: Batch, text: int, entries: Sequence[str]) -> str:
-    """A text in lines of a few words, for people."""
-    words = [entries[i] for i in batch.text_ids[text, batch.text_mask[text]].tolist()]
-    whole = " ".join(words[1:-1]).replace(" ##", "")
-    lines = [""]
-    for word in whole.split():
-        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < 26 else [*lines, word]
+def _lines(words: Sequence[str]) -> str:
+    """A text, without the tokens at its ends, in short lines for people."""
+    lines = textwrap.wrap(" ".join(words[1:-1]).replace(" ##", ""), 28) or [""]
     return "\n".join(lines[:3]) + (" …" if len(lines) > 3 else "")
 
 
 class Overlays:
-    """Draws the same queries again and again."""
+    """Draws the same scenes again and again."""
 
-    def __init__(self, batch: Batch, teachers: Sequence[Teacher], entries: Sequence[str], device: torch.device):
-        self._batch, self._teachers, self._entries, self._device = batch, teachers, entries, device
-        self._queries = chosen_queries(batch, entries)
+    def __init__(
+        self, scenes: Sequence[Scene], teachers: Sequence[Teacher], entries: Sequence[str], device: torch.device
+    ):
+        self._scenes, self._teachers, self._entries, self._device = scenes, teachers, entries, device
 
     def show(self, model: nn.Module, board: Board, step: int) -> None:
         """Put the picture of now on the board, as `attention`. Collective."""
-        seen = heats(model, self._teachers, self._batch, self._queries, self._device)
-        if rank() == 0:
-            board.picture("attention", draw(self._batch, self._queries, seen, self._entries), step)
+        seen = heats(model, self._teachers, self._scenes, self._device)
+        if rank() == 0 and seen:
+            board.picture("attention", draw(self._scenes, seen, self._entries), step)

@@ -41,3 +41,29 @@ def test_tensorboard_shows_one_curve_over_two_lives(tmp_path):
         (3, 3),
         *((s, 30 + s) for s in range(4, 9)),
     ]
+
+
+def test_what_was_told_of_the_step_resumed_from_is_told_once(tmp_path):
+    """A life may end between the scores of a step and the checkpoint that knows of them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first in (True, False):
+        board = Board(tmp_path, 0 if first else 4)
+        if first:
+            board.scalars(4, {"loss/total": 4.0})
+        board.scalars(4, {"dev/vqa/all": 50.0, **({} if first else {"dev/vqa/late": 1.0})})
+        board.scalars(5, {"loss/total": 5.0, "dev/vqa/all": 60.0})
+        board.close()
+    assert [{k: v for k, v in line.items() if k != "step"} for line in lines(tmp_path) if line["step"] == 4] == [
+        {"loss/total": 4.0},
+        {"dev/vqa/all": 50.0},
+        {"dev/vqa/late": 1.0},
+    ]
+    curve = EventAccumulator(str(tmp_path / "tb")).Reload().Scalars("dev/vqa/all")
+    assert [(point.step, point.value) for point in curve] == [(4, 50), (5, 60)]
+
+
+def test_a_broken_line_amid_others_costs_only_itself(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/total": 1.0}\n{"step": 2, "lo\n{"step": 3, "x": 3.0}\n')
+    Board(tmp_path, 3).close()
+    assert '{"step": 3, "x": 3.0}' in (tmp_path / "metrics.jsonl").read_text()

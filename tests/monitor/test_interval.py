@@ -79,3 +79,16 @@ def test_between_log_steps_nothing_is_read_from_the_device():
         interval.add(torch.ones((), device="meta"), {"hard/itm": torch.ones((), device="meta")})
     with pytest.raises((RuntimeError, NotImplementedError)):
         interval.read(3, torch.ones((), device="meta"), {})
+
+
+def test_ranks_are_told_together_with_the_largest_loss_and_the_slowest_rank(two_ranks):
+    first, second = two_ranks.run("interval")
+    assert first["loss/total"] == second["loss/total"] == ((1 + 2) + (2 + 3)) / 2
+    assert first["loss_max/total"] == 2 * 3.0, "as if the other rank's share were as large"
+    assert first["loss/hard/itm"] == 1.0
+    assert first["optimizer/gradient_norm"] == 0.25
+    assert first["attention/entropy/t2i"] == 2.0, "only the rank that had pairs counts"
+    assert first["ranks/forward_s_max_rank"] == 1
+    assert first["ranks/forward_s_max"] >= 0.02 > first["ranks/forward_s_min"]
+    assert first["speed/samples_per_s_per_rank"] == first["speed/samples_per_s"] / 2
+    assert first["memory/peak_gib"] == second["memory/peak_gib"] > 0
