@@ -28,6 +28,7 @@ from dist_fusion.export import export
 from dist_fusion.inspect import counts
 from dist_fusion.inspect.page import Look, write_page
 from dist_fusion.models.weights import require_same_reading, restore_model
+from dist_fusion.parts import model_card
 from dist_fusion.schema import UserError
 from dist_fusion.tasks import to_score
 
@@ -133,7 +134,7 @@ def _evaluate(given: argparse.Namespace) -> int:
         config = replace(config, tasks=replace(config.tasks, **left_out))
     data = replace(config.data, shards=tuple(given.shards), sources={})
     tokenizer = Tokenizer(data.vocabulary, card.config.max_text_length)
-    require_same_reading(train.model_card(config, tokenizer), card, given.run, "the run to evaluate")
+    require_same_reading(model_card(config, tokenizer), card, given.run, "the run to evaluate")
     tasks = to_score(config.active_tasks())
     plan = Plan(config.micro_batch(1), rank=0, world_size=1, seed=config.seed)
     stream = Stream(data, tasks, tokenizer, card.config.image_size, plan, endless=False)
@@ -160,7 +161,7 @@ def _recipe_of(run: Path) -> Config:
 def _export(given: argparse.Namespace) -> int:
     """Print the folder of the model that was made."""
     config = _recipe_of(given.run)
-    card = train.model_card(config, Tokenizer(config.data.vocabulary, config.model.max_text_length))
+    card = model_card(config, Tokenizer(config.data.vocabulary, config.model.max_text_length))
     sys.stdout.write(f"{export(given.run, card, given.step, given.out, given.trust)}\n")
     return train.DONE
 
