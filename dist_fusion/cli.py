@@ -13,7 +13,7 @@ import torch
 import dist_fusion
 from dist_fusion import status, train
 from dist_fusion.bench.run import BENCHES, DEVICES, bench
-from dist_fusion.config import RECIPES, load
+from dist_fusion.config import RECIPES, Config, load
 from dist_fusion.data.index import outlines
 from dist_fusion.data.prepare.plan import Options
 from dist_fusion.data.prepare.run import prepare
@@ -24,9 +24,11 @@ from dist_fusion.data.text import Tokenizer
 from dist_fusion.demo.run import SIZES, demo
 from dist_fusion.demo.stages import Interrupted
 from dist_fusion.evaluate import evaluate
+from dist_fusion.export import export
 from dist_fusion.inspect import counts
 from dist_fusion.inspect.page import Look, write_page
 from dist_fusion.models.weights import require_same_reading, restore_model
+from dist_fusion.parts import model_card
 from dist_fusion.schema import UserError
 from dist_fusion.tasks import to_score
 
@@ -58,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--task", nargs="+", default=[], help="of the run's tasks; all if not given")
 
     status.add_arguments(commands.add_parser("status", help="how a run is doing, or all runs of a folder"))
+    one = commands.add_parser("export", help="make a model, in fp32, of a run's checkpoint")
+    one.add_argument("run", type=Path, help="its folder")
+    one.add_argument("--step", type=int, help="of which checkpoint (the newest whole one)")
+    one.add_argument("--out", type=Path, metavar="FOLDER", help="where to (RUN/exported/step-…)")
+    one.add_argument("--trust", action="store_true", help="also a run of another user: reading it can run code")
 
     one = commands.add_parser(
         "prepare",
@@ -120,17 +127,14 @@ def _train(given: argparse.Namespace) -> int:
 
 def _evaluate(given: argparse.Namespace) -> int:
     """Print the scores and measures and write them to `evaluate.json` in the run's folder."""
-    recipe = given.run / "config.yaml"
-    if not recipe.is_file():
-        raise UserError(f"{given.run} is no run: it has no config.yaml")
-    config = load(recipe)
+    config = _recipe_of(given.run)
     card, model = restore_model(given.run, "the run to evaluate", given.task)
     if given.task:
         left_out = dict.fromkeys(config.active_tasks().keys() - set(given.task))
         config = replace(config, tasks=replace(config.tasks, **left_out))
     data = replace(config.data, shards=tuple(given.shards), sources={})
     tokenizer = Tokenizer(data.vocabulary, card.config.max_text_length)
-    require_same_reading(train.model_card(config, tokenizer), card, given.run, "the run to evaluate")
+    require_same_reading(model_card(config, tokenizer), card, given.run, "the run to evaluate")
     tasks = to_score(config.active_tasks())
     plan = Plan(config.micro_batch(1), rank=0, world_size=1, seed=config.seed)
     stream = Stream(data, tasks, tokenizer, card.config.image_size, plan, endless=False)
@@ -144,6 +148,21 @@ def _evaluate(given: argparse.Namespace) -> int:
 
 def _status(given: argparse.Namespace) -> int:
     sys.stdout.write(status.show(given.run, given.json))
+    return train.DONE
+
+
+def _recipe_of(run: Path) -> Config:
+    recipe = run / "config.yaml"
+    if not recipe.is_file():
+        raise UserError(f"{run} is no run: it has no config.yaml")
+    return load(recipe)
+
+
+def _export(given: argparse.Namespace) -> int:
+    """Print the folder of the model that was made."""
+    config = _recipe_of(given.run)
+    card = model_card(config, Tokenizer(config.data.vocabulary, config.model.max_text_length))
+    sys.stdout.write(f"{export(given.run, card, given.step, given.out, given.trust)}\n")
     return train.DONE
 
 
@@ -189,6 +208,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "status": _status,
+    "export": _export,
     "prepare": _prepare,
     "index": _index,
     "inspect": _inspect,

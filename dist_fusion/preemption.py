@@ -16,20 +16,25 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """A flag raised by SIGTERM, SIGUSR1, SIGUSR2, by the file `STOP` in the run's folder, or when time is over."""
+    """A flag raised by SIGTERM, SIGUSR1, SIGUSR2, by a file `STOP` in the run's folder, or when time is over.
 
-    def __init__(self, stop_file: Path, minutes: float = 0.0):
-        """Collective. `minutes` is the time budget from now on; 0 is none."""
-        self._stop_file, self._signal = stop_file, ""
-        self._end = time.monotonic() + 60 * minutes if minutes else float("inf")
-        self._minutes = minutes
-        if rank() == 0:
-            stop_file.unlink(missing_ok=True)  # what stopped the last life does not stop this one
-        barrier()
+    Signals count from the moment it is made: one that comes while models are loaded is heard at the first step.
+    """
+
+    def __init__(self) -> None:
+        self._signal, self._file, self._minutes, self._end = "", Path(), 0.0, float("inf")
         self._before = {name: signal.signal(name, self._raise) for name in SIGNALS}
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
+
+    def look_for(self, file: Path, minutes: float) -> None:
+        """From now on `file` and the end of so many minutes (0 is never) raise it, too. Collective."""
+        self._file, self._minutes = file, minutes
+        self._end = time.monotonic() + 60 * minutes if minutes else float("inf")
+        if rank() == 0:
+            file.unlink(missing_ok=True)  # what stopped the last life does not stop this one
+        barrier()
 
     def reason(self) -> str:
         """By what this rank was told to stop; empty if it was not. The file and the time are rank 0's to look at."""
@@ -37,7 +42,7 @@ class StopRequest:
             return self._signal
         if time.monotonic() > self._end:
             return f"time_budget of {self._minutes:g} minutes"
-        return str(self._stop_file) if self._stop_file.exists() else ""
+        return str(self._file) if self._file.is_file() else ""
 
     def close(self) -> None:
         """Give the signals back to whoever had them before."""

@@ -9,75 +9,50 @@ The same command resumes a run that was stopped, on as many ranks or on others.
 Exit codes: 0 done; 75 saved, continue me (start the same command again); 2 the user's mistake; 1 failure.
 """
 
-import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from hashlib import sha256
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from dist_fusion import distributed
 from dist_fusion.agreement import attention_readings, few_pairs
-from dist_fusion.checkpoint.folder import claim, folder_of, versions
-from dist_fusion.checkpoint.manifest import Position, list_committed, list_whole
+from dist_fusion.checkpoint.folder import claim, versions
+from dist_fusion.checkpoint.manifest import Position, list_whole
 from dist_fusion.checkpoint.randomness import seed_everything
 from dist_fusion.checkpoint.resuming import resume
 from dist_fusion.checkpoint.saving import Saver
 from dist_fusion.config import Config, dump, load
-from dist_fusion.data.remote import is_remote
-from dist_fusion.data.shards import find_shards
-from dist_fusion.data.stream import Plan, Stream, load_batches
-from dist_fusion.data.text import Tokenizer
+from dist_fusion.data.stream import load_batches
+from dist_fusion.describe import describe
 from dist_fusion.distill import objective, row_weights
-from dist_fusion.engine.optimizer import build_engine, check_multipliers, gradient_norm, learning_rates, skipped
+from dist_fusion.engine.optimizer import build_engine, gradient_norm, learning_rates, skipped
 from dist_fusion.engine.ranks import start_ranks, stop_ranks
-from dist_fusion.engine.sharding import check_device, ds_config, sharding
+from dist_fusion.engine.sharding import check_device, ds_config
 from dist_fusion.engine.state import full_weights
 from dist_fusion.engine.steps import Steps
 from dist_fusion.evaluate import evaluate
-from dist_fusion.facts import flops, measure, table
 from dist_fusion.health import Health, Unhealthy, Watch, record_flights
-from dist_fusion.models.execution import Aside, set_execution
-from dist_fusion.models.initial import initialise_from
-from dist_fusion.models.sources import source_digest
-from dist_fusion.models.teachers import Teacher, build_teacher, teach
-from dist_fusion.models.weights import ModelCard, build_model, save_model
+from dist_fusion.models.execution import Aside
+from dist_fusion.models.teachers import teach
+from dist_fusion.models.weights import save_model
 from dist_fusion.monitor.board import Board
 from dist_fusion.monitor.console import log, progress_line, start_console
 from dist_fusion.monitor.events import record
 from dist_fusion.monitor.interval import Interval
-from dist_fusion.monitor.peaks import peak_flops
-from dist_fusion.monitor.pictures import Overlays, fixed_scenes
+from dist_fusion.parts import Parts, prepare, samples_at_peak
 from dist_fusion.preemption import StopRequest
 from dist_fusion.schema import UserError, leaves
-from dist_fusion.tasks import Task, to_score
-from dist_fusion.tasks.vqa import read_answers
-from dist_fusion.types import meaning_of, to_device
+from dist_fusion.types import to_device
 
 DONE, FAILURE, MISTAKE, CONTINUE = 0, 1, 2, 75
 
 
-class Parts(NamedTuple):
-    """What a run is made of, checked and in memory, before anything of it is on disk."""
-
-    tasks: dict[str, Task]
-    card: ModelCard
-    model: nn.Module
-    teachers: tuple[Teacher, ...]
-    stream: Stream
-    dev: Stream | None
-    overlays: Overlays | None
-    identity: dict[str, object]  # what must be as it was when the run is continued
-
-
-def train(config: Config, device: torch.device) -> int:
+def train(config: Config, device: torch.device, stop: StopRequest) -> int:
     """Run the recipe to its end, or until told to stop; returns the exit code. Collective.
 
     Raises:
@@ -93,48 +68,13 @@ def train(config: Config, device: torch.device) -> int:
             return DONE
         logs = run / "logs"
         record_flights(os.environ, logs)
-        stop = StopRequest(run / "STOP", config.time_budget)
+        stop.look_for(run / "STOP", config.time_budget)
         watch = Watch(config.health.hang_minutes, logs / f"rank-{distributed.rank()}.stacks")
         (logs / f"rank-{distributed.rank()}.pid").write_text(f"{os.getpid()}\n")
         try:
             return fit(config, parts, run, stop, watch, device)
         finally:
             watch.close()
-            stop.close()
-
-
-def prepare(config: Config, device: torch.device) -> Parts:
-    """Models and data as the recipe says. Raises UserError for what is wrong with either."""
-    tasks = config.active_tasks()
-    tokenizer = Tokenizer(config.data.vocabulary, config.model.max_text_length)
-    card = model_card(config, tokenizer)
-    torch.manual_seed(config.seed)
-    model = build_model(card)
-    check_multipliers(model, config.optimizer.multipliers)
-    set_execution(model, activation_checkpointing=config.activation_checkpointing, compile=config.compile)
-    goes_on = distributed.from_first(bool(list_committed(folder_of(config))))
-    if config.initialise_from and not goes_on:
-        fresh = initialise_from(model, card, config.initialise_from, "initialise_from")
-        log.info("weights from %s; new heads: %s", config.initialise_from, ", ".join(fresh) or "none")
-    teachers = build_teachers(config, card, device)
-    plan = Plan(config.micro_batch(distributed.world_size()), distributed.rank(), distributed.world_size(), config.seed)
-    stream = Stream(config.data, tasks, tokenizer, config.model.image_size, plan)
-    held_out = replace(config.data, shards=config.data.dev, sources={})
-    dev = None
-    if config.evaluate_every:
-        dev = Stream(held_out, to_score(tasks), tokenizer, config.model.image_size, plan, endless=False)
-    overlays = None
-    if config.overlays_every():
-        shown = fixed_scenes(config.data, tasks, tokenizer, config.model.image_size, config.seed)
-        overlays = Overlays(shown, teachers, tokenizer.entries, device)
-    identity = {
-        **{f"model.{key}": value for key, value in asdict(config.model).items()},
-        "heads": card.heads,
-        "vocabulary": sha256("\n".join(card.vocabulary).encode()).hexdigest(),
-        "teachers": [source_digest(teacher.source, "teachers") for teacher in config.teachers],
-        "samples": stream.num_samples,
-    }
-    return Parts(tasks, card, model, teachers, stream, dev, overlays, identity)
 
 
 def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, watch: Watch, device: torch.device) -> int:
@@ -189,6 +129,7 @@ def go_on(config: Config, parts: Parts, run: Path, life: Life, position: Positio
         run, position.step, config.steps, parts.stream.num_samples, ranks,
     )  # fmt: skip
 
+    wanted = False
     while True:
         if parts.dev and position.owes_scores(config.evaluate_every, config.steps):
             with interval.paused():
@@ -228,7 +169,8 @@ def go_on(config: Config, parts: Parts, run: Path, life: Life, position: Positio
         position = position._replace(step=step, recent=(*health.recent,))
         watch.beat()
 
-        if not health.look(step):
+        made = health.look(step)
+        if not made:
             interval.leave_out()
         told, writing, due = distributed.on_any_rank(bool(stop.reason()), saver.busy, saver.due)
         if logged:
@@ -246,8 +188,11 @@ def go_on(config: Config, parts: Parts, run: Path, life: Life, position: Positio
                 return None
             if not writing:
                 saver.finish()
-            if told or due or step == config.steps or step % config.save_every == 0:
+            wanted = wanted or due or step % config.save_every == 0
+            # A dropped step is no place to come back to.
+            if told or step == config.steps or (wanted and made):
                 saver.begin(position)
+                wanted = False
             if told:
                 saver.finish()
                 tell_stopped(run, step, stop)
@@ -278,90 +223,6 @@ def tell_started(run: Path, step: int) -> None:
         record(run, "started", step, {**told, "resumed_from": step or None, "versions": versions()})
 
 
-def samples_at_peak(config: Config, parts: Parts, ranks: int, device: torch.device) -> float | None:
-    """How many samples a second a rank's device could train at its peak, by the operations of its first micro-batch.
-
-    None, and said why, where that is not known; and on all ranks but the first, which alone tells of it.
-    """
-    if distributed.rank() or device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    peak = peak_flops(name, sharding(ds_config(config, ranks)).dtype)
-    if peak is None:
-        log.info("no speed/mfu: the peak of %s is not in dist_fusion.monitor.peaks", name)
-        return None
-    laid = next(iter(parts.stream)).batch
-    return peak * config.micro_batch(ranks) / flops(parts.card, parts.teachers, laid)
-
-
-def model_card(config: Config, tokenizer: Tokenizer) -> ModelCard:
-    """What `config` trains, with a head for each of its tasks."""
-    heads = {name: task.head(tokenizer.vocabulary) for name, task in config.active_tasks().items()}
-    return ModelCard(config.model, heads, tuple(tokenizer.entries))
-
-
-def build_teachers(config: Config, card: ModelCard, device: torch.device) -> tuple[Teacher, ...]:
-    """The recipe's frozen teachers, outside of DeepSpeed: never in an optimizer, never in a checkpoint."""
-    teachers = []
-    for number, one in enumerate(config.teachers):
-        key = f"teachers.{number}"
-        answers = meaning_of([*read_answers(one.answers, f"{key}.answers").number]) if one.answers else ""
-        teachers.append(build_teacher(one, card, config.soft_tasks(one), answers, device, key))
-    return tuple(teachers)
-
-
-def describe(config: Config, ranks: int) -> tuple[str, list[str]]:
-    """What a run on so many ranks would be and cost, and what it still lacks: files that cannot be opened.
-
-    Raises UserError for what is wrong with the recipe itself.
-    """
-    tokenizer = Tokenizer(config.data.vocabulary, config.model.max_text_length)
-    card = model_card(config, tokenizer)
-    with torch.device("meta"):
-        model = build_model(card)
-    check_multipliers(model, config.optimizer.multipliers)
-    lacking: list[str] = []
-    if config.initialise_from:
-        with _noting(lacking):
-            initialise_from(build_model(card), card, config.initialise_from, "initialise_from")
-    teachers = assumed_teachers(config, card)
-    with _noting(lacking):
-        teachers = build_teachers(config, card, torch.device("cpu"))
-    shards: list[str] = []
-    of_sources = [shard for source in config.data.sources.values() for shard in source.shards]
-    for folders in (config.data.shards, of_sources, config.data.dev):
-        with _noting(lacking):
-            shards += find_shards([name for name in folders if not is_remote(name)])
-    facts = measure(config, card, ranks, teachers)
-    return (
-        f"{dump(config)}\nDeepSpeed, {ranks} ranks:\n{json.dumps(ds_config(config, ranks), indent=2)}\n\n"
-        f"{table(facts)}\n\n{len(shards)} shards; {config.steps} steps of {config.global_batch} samples, "
-        f"{config.micro_batch(ranks)} a rank and micro-step"
-    ), lacking
-
-
-@contextmanager
-def _noting(lacking: list[str]) -> Iterator[None]:
-    """Keep a user's mistake for later, so that all of them are told at once."""
-    try:
-        yield
-    except UserError as error:
-        lacking.append(str(error))
-
-
-def assumed_teachers(config: Config, card: ModelCard) -> tuple[Teacher, ...]:
-    """Teachers without weights, each a fusion encoder of the student's sizes: what is counted of those not at hand."""
-    taught = []
-    for one in config.teachers:
-        soft = config.soft_tasks(one)
-        sizes = replace(card.config, kind="fusion-encoder", text_norm="pre")
-        with torch.device("meta"):
-            model = build_model(card._replace(config=sizes, heads={task: card.heads[task] for task in soft}))
-        model = model.to_empty(device="cpu").requires_grad_(False).eval()
-        taught.append(Teacher(model, one.weight, frozenset(soft), None))
-    return tuple(taught)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: RECIPE [key=value …] [--dry-run [--ranks=N]]; returns the exit code."""
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
@@ -380,16 +241,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if lacking:
                 raise UserError("it cannot start yet:\n  " + "\n  ".join(lacking))
             return DONE
+        stop = StopRequest()
         record_flights(os.environ)
         device = start_ranks()
         start_console()
         try:
-            return train(config, device)
+            return train(config, device, stop)
         except Unhealthy as error:
             if distributed.rank() == 0:
                 sys.stderr.write(f"dist-fusion: {error}\n")
             return FAILURE
         finally:
+            stop.close()
             stop_ranks()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node

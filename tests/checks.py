@@ -18,17 +18,22 @@ from dist_fusion import distributed
 from dist_fusion.config import load
 from dist_fusion.data.stream import Loaded
 from dist_fusion.distill import DistillConfig, objective, row_weights
+from dist_fusion.engine.elastic import load_elastic, load_recut
 from dist_fusion.engine.optimizer import build_engine, learning_rates
 from dist_fusion.engine.sharding import ds_config
+from dist_fusion.engine.state import SavedState
+from dist_fusion.engine.steps import Steps
 from dist_fusion.evaluate import evaluate
+from dist_fusion.health import Health, Unhealthy
 from dist_fusion.models.execution import set_execution
 from dist_fusion.models.heads import ContrastHead, Features
+from dist_fusion.monitor.events import read_events
 from dist_fusion.monitor.interval import Interval
 from dist_fusion.preemption import StopRequest
 from dist_fusion.schema import UserError
 from dist_fusion.train import train
 from dist_fusion.types import Batch, HeadSpec
-from tests import tiny
+from tests import kept, tiny
 
 CPU = torch.device("cpu")
 
@@ -127,7 +132,8 @@ def scores(count: int, micro_batch: int) -> dict:
 
 def stop_flag(folder: str, told: int | None) -> list[bool]:
     """Whether each rank hears of a stop request that only rank `told` got by a signal (or a file, if None)."""
-    stop = StopRequest(Path(folder) / "STOP")
+    stop = StopRequest()
+    stop.look_for(Path(folder) / "STOP", 0)
     (before,) = distributed.on_any_rank(bool(stop.reason()))
     if told is None and distributed.rank() == 0:
         (Path(folder) / "STOP").touch()
@@ -144,13 +150,49 @@ def run(recipe: str, overrides: list[str], stop_at: int | None = None) -> dict:
 
     With `stop_at` the stop file appears once the run has logged that step.
     """
+    stop = StopRequest()
     try:
         config = load(recipe, overrides)
         if stop_at is not None and distributed.rank() == 0:
             threading.Thread(target=_stop_later, args=(Path(config.runs) / config.name, stop_at), daemon=True).start()
-        return {"code": train(config, CPU)}
-    except UserError as error:
+        return {"code": train(config, CPU, stop)}
+    except (UserError, Unhealthy) as error:
         return {"mistake": str(error)}
+    finally:
+        stop.close()
+
+
+def unhealthy(recipe: str, overrides: list[str], folder: str, spoiled: dict[str, list[int]], ranks: list[int]) -> dict:
+    """Steps with a batch that some ranks cannot learn from: which were made, and what is told of the others.
+
+    `spoiled` says by kind in which steps: pictures that are no numbers, or a loss a thousand times the usual.
+    """
+    config = load(recipe, overrides)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = build_engine(tiny.model(tiny.model_config(), tiny.PRETRAINING), config, distributed.world_size())
+    run = Path(folder)
+    health = Health(config.health, Steps(engine), run)
+    made, changed, hopeless = [], [], []
+    for step in range(1, config.steps + 1):
+        batch = tiny.batch(tiny.PRETRAINING, tiny.samples(4, start=4 * step + 100 * distributed.rank()))
+        mine = distributed.rank() in ranks
+        if mine and step in spoiled.get("pictures", ()):
+            batch = batch._replace(images=torch.full_like(batch.images, torch.nan))
+        rows = distributed.summed(row_weights([batch], tiny.PRETRAINING))
+        loss = objective(DistillConfig(targets="none", soft=0.0), tiny.PRETRAINING, batch, engine(batch), (), rows)
+        if mine and step in spoiled.get("loss", ()):
+            loss = loss._replace(total=1000 * loss.total)
+        before = engine.optimizer.optimizer.state_dict()["state"]
+        before = {number: state["exp_avg"].clone() for number, state in before.items()}
+        engine.backward(health.watched(loss, last=True) * distributed.world_size())
+        engine.step()
+        after = engine.optimizer.optimizer.state_dict()["state"]
+        changed.append(any(not torch.equal(before[number], after[number]["exp_avg"]) for number in before))
+        made.append(health.look(step))
+        hopeless.append(health.hopeless)
+    told = [event.details["what"] for event in read_events(run) if event.kind == "skipped"]
+    finite = all(bool(parameter.isfinite().all()) for parameter in engine.module.parameters())
+    return {"made": made, "changed": changed, "hopeless": hopeless, "told": told, "finite": finite}
 
 
 def _stop_later(folder: Path, step: int) -> None:
@@ -239,7 +281,59 @@ def storage_bytes(tensors: list) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def life(
+    recipe: str,
+    overrides: list[str],
+    steps: int,
+    load_from: str | None = None,
+    save_to: str | None = None,
+    recut: bool = False,
+    seed: int = 0,
+) -> dict:
+    """Some steps of a model with frozen, tied and uncounted parts: losses, and what the engine holds by name.
+
+    It begins with the checkpoint `load_from`, if any, and leaves `save_to`. With `recut` shards are put together anew
+    whatever the number of ranks.
+    """
+    config = load(recipe, overrides)
+    ranks, rank = distributed.world_size(), distributed.rank()
+    torch.manual_seed(seed)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = build_engine(kept.Anchored(seed), config, ranks)
+        if load_from and recut:
+            load_recut(engine, SavedState(Path(load_from)))
+        elif load_from:
+            load_elastic(engine, Path(load_from))
+    begun = kept.of_engine(engine) if load_from else {}
+    seen = []
+    for step in range(engine.global_steps, engine.global_steps + steps):
+        size = 16 // ranks
+        batch = tiny.batch(tiny.PRETRAINING, tiny.samples(size, start=16 * step + size * rank))
+        rows = distributed.summed(row_weights([batch], tiny.PRETRAINING))
+        loss = objective(DistillConfig(targets="none"), tiny.PRETRAINING, batch, engine(batch), (), rows)
+        engine.backward(loss.total * ranks)
+        engine.step()
+        seen.append(distributed.summed(loss.total.detach()).item())
+    ended = kept.of_engine(engine)
+    if save_to:
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine.save_checkpoint(str(Path(save_to).parent), tag=Path(save_to).name, save_latest=False)
+        distributed.barrier()
+    return {"begun": begun, "losses": seen, "ended": ended}
+
+
+def refusal(recipe: str, overrides: list[str], load_from: str) -> str:
+    """What a checkpoint is refused with."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = build_engine(kept.Anchored(0), load(recipe, overrides), distributed.world_size())
+    try:
+        load_elastic(engine, Path(load_from))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 CHECKS = {
     "losses": losses, "contrast": contrast, "scores": scores, "stop_flag": stop_flag, "run": run, "parsed": parsed,
-    "rates": rates, "held": held, "interval": interval,
+    "rates": rates, "held": held, "unhealthy": unhealthy, "life": life, "refusal": refusal, "interval": interval,
 }  # fmt: skip

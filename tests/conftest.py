@@ -20,7 +20,7 @@ from dist_fusion.data.shards import write_shards
 from dist_fusion.data.text import train_vocabulary
 from dist_fusion.engine.ranks import on_gpu
 from dist_fusion.types import Vocabulary
-from tests.rank_fixtures import one_rank, tiny_recipe, two_ranks  # noqa: F401  fixtures
+from tests.rank_fixtures import one_rank, small_recipe, tiny_recipe, two_ranks  # noqa: F401  fixtures
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

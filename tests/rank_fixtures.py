@@ -30,3 +30,22 @@ def tiny_recipe(tmp_path_factory) -> Path:
         "optimizer: {learning_rate: 1e-3, warmup: 0.1}\n"
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def small_recipe(shards, tmp_path_factory) -> Path:
+    """A small student without a teacher, on the shards that all tests share."""
+    path = tmp_path_factory.mktemp("recipes") / "small.yaml"
+    path.write_text(
+        f"""
+name: small
+runs: {path.parent}/runs
+steps: 4
+global_batch: 8
+tasks: {{mlm: , itm: {{block: 4}}, itc: {{dimensions: 8}}}}
+model: {{width: 16, num_heads: 2, num_layers: 2, num_fusion_layers: 2, image_size: 32, patch_size: 16}}
+data: {{shards: [{shards}], dev: [{shards}], vocabulary: {shards}/vocab.txt, shuffle_buffer: 10}}
+optimizer: {{learning_rate: 1e-3}}
+"""
+    )
+    return path

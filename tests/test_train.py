@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from dist_fusion import train
 from dist_fusion.config import load
 from dist_fusion.engine.ranks import free_port
+from dist_fusion.parts import prepare
 
 LIFE = [
     "steps=40", "log_every=1", "save_every=100", "evaluate_every=15", "model.dropout=0.3",
@@ -23,23 +24,9 @@ LIFE = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def recipe(shards, tmp_path_factory) -> Path:
-    """A small student without a teacher, on the shards that all tests share."""
-    path = tmp_path_factory.mktemp("recipes") / "small.yaml"
-    path.write_text(
-        f"""
-name: small
-runs: {path.parent}/runs
-steps: 4
-global_batch: 8
-tasks: {{mlm: , itm: {{block: 4}}, itc: {{dimensions: 8}}}}
-model: {{width: 16, num_heads: 2, num_layers: 2, num_fusion_layers: 2, image_size: 32, patch_size: 16}}
-data: {{shards: [{shards}], dev: [{shards}], vocabulary: {shards}/vocab.txt, shuffle_buffer: 10}}
-optimizer: {{learning_rate: 1e-3}}
-"""
-    )
-    return path
+@pytest.fixture
+def recipe(small_recipe) -> Path:
+    return small_recipe
 
 
 def metrics(run: Path) -> list[tuple[int, float]]:
@@ -262,14 +249,14 @@ def test_only_held_out_shards_are_scored_also_beside_several_sources(recipe, sha
     """Sources are trained on; scored with the held-out ones, they would flatter every dev score."""
     sources = f"data.sources={{one: {{shards: [{shards}]}}, two: {{shards: [{shards}], weight: 2}}}}"
     config = load(recipe, ["data.shards=[]", sources, "evaluate_every=2"])
-    parts = train.prepare(config, torch.device("cpu"))
+    parts = prepare(config, torch.device("cpu"))
     assert parts.stream.num_samples == 3 * 41
     assert parts.dev is not None and parts.dev.num_samples == 41
 
 
 def test_what_a_gpu_could_do_at_most_is_told_if_it_is_known(recipe, monkeypatch, caplog):
     config = load(recipe, [])
-    parts, gpu = train.prepare(config, torch.device("cpu")), torch.device("cuda")
+    parts, gpu = prepare(config, torch.device("cpu")), torch.device("cuda")
     assert train.samples_at_peak(config, parts, 1, torch.device("cpu")) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert train.samples_at_peak(config, parts, 1, gpu) > 1e6

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dist_fusion.bench import data, inference, kernels, roofline, step, teacher
+from dist_fusion.bench import checkpoint, data, inference, kernels, roofline, step, teacher
 from dist_fusion.checkpoint.folder import versions
 from dist_fusion.schema import UserError, nearest
 
@@ -31,6 +31,7 @@ BENCHES: dict[str, Callable[[torch.device, bool], Iterator[Line]]] = {
     "inference": inference.rows,
     "roofline": roofline.rows,
     "data": data.rows,
+    "checkpoint": checkpoint.rows,
 }
 """Benches by name: (device, quick) -> rows. Quick ones show that all runs, at sizes whose times say nothing."""
 DEVICES = ("cpu", "cuda")

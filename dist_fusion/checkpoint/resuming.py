@@ -16,7 +16,7 @@ from dist_fusion.checkpoint.manifest import (
     read_manifest,
 )
 from dist_fusion.checkpoint.randomness import derived_seed, restore_random_state, seed_everything
-from dist_fusion.engine import elastic, state
+from dist_fusion.engine import elastic
 from dist_fusion.monitor.console import log
 from dist_fusion.monitor.events import record
 from dist_fusion.schema import UserError
@@ -34,11 +34,9 @@ def resume(engine: Any, run: Path, seed: int) -> Position:
     if found is None:
         return Position()
     manifest = distributed.from_first(read_manifest(found) if distributed.rank() == 0 else None)
-    if manifest["world_size"] == distributed.world_size():
-        state.load(engine, found)
-    else:
-        log.info("%s was saved by %d ranks; dealt anew", found, manifest["world_size"])
-        elastic.load_elastic(engine, found)
+    if manifest["world_size"] != distributed.world_size():
+        log.info("%s was saved by %d ranks; it is dealt anew", found, manifest["world_size"])
+    elastic.load_elastic(engine, found)
     position = Position(**manifest["position"])
     mine = found / f"rank-{distributed.rank()}.pt"
     if distributed.rank() < manifest["world_size"]:

@@ -24,7 +24,7 @@ from dist_fusion.checkpoint.randomness import random_state
 from dist_fusion.checkpoint.retention import superseded
 from dist_fusion.checkpoint.writing import Written, write_state, write_text
 from dist_fusion.config import Config
-from dist_fusion.engine import state
+from dist_fusion.engine import shards
 from dist_fusion.monitor.console import log
 from dist_fusion.monitor.events import record
 from dist_fusion.schema import UserError
@@ -78,10 +78,10 @@ class Saver:
         self._folder = folder_at(self._run, position.step)
         self._settle()
         self._all(self._make_room() if distributed.rank() == 0 else "")
-        shards = state.shards(self._engine, self._folder)
-        shards.append(state.Shard(self._folder / f"rank-{distributed.rank()}.pt", random_state()))
-        self._require_space(shards)
-        paths, states = [shard.path for shard in shards], [shard.state for shard in shards]
+        mine = shards.take_shards(self._engine, self._folder)
+        mine.append(shards.Shard(self._folder / f"rank-{distributed.rank()}.pt", random_state()))
+        self._require_space(mine)
+        paths, states = [shard.path for shard in mine], [shard.state for shard in mine]
         if self._config.save_async:
             frozen = self._copies.freeze(states)
             self._thread = threading.Thread(target=self._write, args=(paths, lambda: self._copies.take(frozen)))
@@ -156,9 +156,9 @@ class Saver:
             return f"{type(error).__name__}: {error}"
         return ""
 
-    def _require_space(self, shards: Sequence[state.Shard]) -> None:
+    def _require_space(self, of_rank: Sequence[shards.Shard]) -> None:
         """Raises UserError on every rank if the disk has not the room. Collective."""
-        mine = sum(_num_bytes(shard.state) for shard in shards)
+        mine = sum(_num_bytes(shard.state) for shard in of_rank)
         needed = int(distributed.summed(torch.tensor(mine, dtype=torch.int64)))
         free = shutil.disk_usage(self._folder).free if distributed.rank() == 0 else needed
         lacks = f"it needs {_gb(needed)}, and there are {_gb(free)} free" if free < needed else ""

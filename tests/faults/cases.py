@@ -13,6 +13,7 @@ KILL, TERM, USR1, USR2 = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.
 STEP = "deepspeed:DeepSpeedEngine.step"
 BACKWARD = "deepspeed:DeepSpeedEngine.backward"
 SAVING = "dist_fusion.checkpoint.saving"
+TAKEN = "dist_fusion.engine.shards:take_shards"
 SHARD = "dist_fusion.checkpoint.saving:write_state"
 TEXT = "dist_fusion.checkpoint.saving:write_text"
 
@@ -43,7 +44,7 @@ CASES: dict[str, Case] = {
     # in the second save, of step 10
     "all ranks, before a save": Case(Point(f"{SAVING}:Saver.begin", 2)),
     "rank 0, the folder of a save just made": Case(Point(f"{SAVING}:Saver._make_room", 2, "after", 0)),
-    "one rank, its state taken": Case(Point("dist_fusion.engine.state:shards", 2, "after", 1), overrides=(THREE,)),
+    "one rank, its state taken": Case(Point(TAKEN, 2, "after", 1), overrides=(THREE,)),
     "rank 0, while it copies": Case(Point("dist_fusion.checkpoint.copies:Copies.take", 2, rank=0)),
     "one rank, all copied": Case(Point("dist_fusion.checkpoint.copies:Copies.take", 2, "after", 1), overrides=(TWO,)),
     "rank 0, in the middle of the model's file": Case(Point("torch:save", 4, "within", 0), quick=True),
@@ -61,7 +62,7 @@ CASES: dict[str, Case] = {
     "rank 0, before the model is written": Case(Point("dist_fusion.train:save_model", 1, rank=0)),
     "rank 0, the model half written": Case(Point("dist_fusion.models.weights:save_file", 1, rank=0)),
     "twice: before an update, and when it has just resumed": Case(
-        Point(STEP, 13), again=Point("dist_fusion.engine.state:load", 1, "after", 1)
+        Point(STEP, 13), again=Point("dist_fusion.engine.elastic:load_elastic", 1, "after", 1)
     ),
     "twice: before an update, and in the next save": Case(
         Point(STEP, 13), again=Point(f"{SAVING}:Saver._commit", 1, rank=0), overrides=(THREE,)

@@ -3,6 +3,7 @@
 The function itself runs as it is. Nothing is replaced; a rank only ends there.
 """
 
+import ctypes
 import importlib
 import os
 import signal
@@ -24,6 +25,7 @@ class Point(NamedTuple):
     rank: int = ALL
     signals: tuple[int, ...] = (signal.SIGKILL,)  # what the process is sent
     path: str = ""  # only calls with an argument that ends so
+    lasting: int = 1  # in so many calls from that one on
 
     def arm(self, rank: int) -> None:
         """Make this process die there, if it is meant."""
@@ -40,8 +42,8 @@ class Point(NamedTuple):
             nonlocal count
             if any(str(one).endswith(self.path) for one in arguments):
                 count += 1
-            here = count == self.call
-            count += here  # once
+            here = self.call <= count < self.call + self.lasting
+            count += here and self.lasting == 1  # once, whatever the next calls' arguments are
             return (WHEN[self.when] if here else _usual)(self, usual, arguments, named)
 
         setattr(owner, last, counted)
@@ -92,9 +94,28 @@ def _torn(point: Point, usual: Called, arguments: tuple, named: dict) -> Any:
     return usual(*arguments, **named)
 
 
+def _asleep(point: Point, usual: Called, arguments: tuple, named: dict) -> Any:
+    """A standstill of this thread alone."""
+    time.sleep(3600)
+
+
+def _frozen(point: Point, usual: Called, arguments: tuple, named: dict) -> Any:
+    """A standstill of the whole interpreter, in a library that holds it."""
+    ctypes.PyDLL(None).sleep(3600)
+
+
+def _spoiled(point: Point, usual: Called, arguments: tuple, named: dict) -> Any:
+    """A loss that is no number, as a flaw in memory may make it."""
+    loss = usual(*arguments, **named)
+    return loss._replace(total=loss.total * float("nan"))
+
+
 WHEN: dict[str, Callable[[Point, Called, tuple, dict], Any]] = {
     "before": _before,
     "after": _after,
     "within": _within,
     "torn": _torn,
+    "asleep": _asleep,
+    "frozen": _frozen,
+    "spoiled": _spoiled,
 }

@@ -5,14 +5,22 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from dist_fusion.checkpoint.manifest import list_whole
-from dist_fusion.train import CONTINUE, DONE
-from tests.faults.cases import CASES, KILL, WAIT, Case
+from dist_fusion.checkpoint.manifest import folder_at, list_whole
+from dist_fusion.engine.ranks import free_port
+from dist_fusion.monitor.events import read_events
+from dist_fusion.train import CONTINUE, DONE, MISTAKE
+from tests.faults.cases import CASES, KILL, STEP, USR1, WAIT, Case
 from tests.faults.life import digest, found, last_step, resumed_from, write_recipe
 from tests.faults.points import Point
 from tests.faults.ranks import Ended, Forge
@@ -57,7 +65,7 @@ def undisturbed(forge, recipe, tmp_path_factory):
     known: dict[tuple[str, ...], str] = {}
 
     def of(overrides: tuple[str, ...]) -> str:
-        overrides = tuple(one for one in overrides if one != WAIT and not one.startswith("save_every"))
+        overrides = tuple(one for one in overrides if one.startswith("deepspeed="))
         if overrides not in known:
             trial = Trial(forge, recipe, tmp_path_factory.mktemp("undisturbed"), overrides)
             ended = trial.live()
@@ -115,3 +123,250 @@ def test_a_run_that_died_ends_as_if_it_had_not(forge, recipe, undisturbed, told,
     finished(trial, name, before, steps, undisturbed, told)
     if case.code == CONTINUE:
         assert resumed_from(trial.run) == steps
+
+
+def shorten(folder: Path) -> str:
+    shard = next(folder.glob("*optim_states.pt"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    return "has"
+
+
+def flip(folder: Path) -> str:
+    shard = max(folder.glob("*optim_states.pt"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    return "is not what was saved"
+
+
+def lose(folder: Path) -> str:
+    (folder / "mp_rank_00_model_states.pt").unlink()
+    return "is not there"
+
+
+def flip_random_state(folder: Path) -> str:
+    file = folder / "rank-1.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 1
+    file.write_bytes(data)
+    return "rank-1.pt is not what was saved"
+
+
+def cut_manifest(folder: Path) -> str:
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text()[:200])
+    return "manifest.json"
+
+
+def lose_pointer(folder: Path) -> str:
+    (folder.parent / "latest").write_text("step-99999999")
+    return ""
+
+
+DAMAGE = {
+    "a shard cut in half": shorten,
+    "one bit of a shard flipped": flip,
+    "a file lost": lose,
+    "one bit of a random state flipped": flip_random_state,
+    "a manifest cut short": cut_manifest,
+    "the pointer wrong": lose_pointer,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [pytest.param(name, of, id=name, marks=[] if of is flip else pytest.mark.faults) for name, of in DAMAGE.items()],
+)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
+    forge, recipe, undisturbed, told, tmp_path, name, damage
+):
+    trial = Trial(forge, recipe, tmp_path, ())
+    trial.live(Point(STEP, 13))
+    words = damage(folder_at(trial.run, 10))
+    finished(trial, name, found(trial.run), last_step(trial.run), undisturbed, told)
+    assert resumed_from(trial.run) == (5 if words else 10)
+    refused = [event for event in read_events(trial.run) if event.kind == "refused checkpoint"]
+    assert [event.step for event in refused] == ([10] if words else [])
+    if words:
+        assert words in str(refused[0].details["why"])
+        assert "DAMAGED checkpoint" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.faults
+def test_a_run_without_any_whole_checkpoint_is_not_begun_anew_by_itself(forge, recipe, undisturbed, told, tmp_path):
+    trial = Trial(forge, recipe, tmp_path, ())
+    trial.live(Point(STEP, 13))
+    for step in (5, 10):
+        flip(folder_at(trial.run, step))
+    ended = trial.live()
+    assert ended.codes == [MISTAKE] * RANKS
+    assert "no checkpoint of" in ended.log and "move the folder" in ended.log
+    (trial.run / "checkpoints").rename(tmp_path / "away")
+    finished(trial, "all checkpoints damaged; moved away", found(trial.run), last_step(trial.run), undisturbed, told)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("mode", [(), (WAIT,)], ids=["beside the steps", "at once"])
+def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(forge, recipe, undisturbed, told, tmp_path, mode):
+    trial = Trial(forge, recipe, tmp_path, mode)
+    with mounted(tmp_path, "size=2200k"):
+        ended = trial.live()
+        assert ended.codes == [MISTAKE] * RANKS, ended.log[-3000:]
+        assert "cannot be written" in ended.log and "is whole. Make room" in ended.log
+        assert "Traceback" not in ended.log
+        before, steps = found(trial.run), last_step(trial.run)
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path)], check=True)
+        finished(trial, f"disk full, saving {'at once' if mode else 'beside'}", before, steps, undisturbed, told)
+
+
+@pytest.mark.faults
+def test_a_folder_that_becomes_read_only_ends_the_run_with_a_clear_message(forge, recipe, undisturbed, told, tmp_path):
+    trial = Trial(forge, recipe, tmp_path, ("steps=4000", "log_every=4000", "evaluate_every=0", "save_every=100"))
+    with mounted(tmp_path, "size=64m"):
+        log = tmp_path.parent / f"{tmp_path.name}.log"
+        forge.start(RANKS, trial.arguments(), log)
+        wait_for(lambda: list_whole(trial.run))
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
+        ended = forge.ended()
+        assert ended.codes == [MISTAKE] * RANKS, ended.log[-3000:]
+        assert "Read-only file system" in ended.log and "is whole. Make room" in ended.log
+        assert "Traceback" not in ended.log
+        told("folder read-only", found=found(trial.run), resumed_from="", repeated="", digest="")
+
+
+@pytest.mark.faults
+def test_shards_that_vanish_end_the_run_with_a_clear_message(forge, recipe, shards, undisturbed, told, tmp_path):
+    mine = tmp_path / "shards"
+    mine.mkdir()
+    for path in shards.iterdir():
+        (mine / path.name).write_bytes(path.read_bytes())
+    trial = Trial(forge, recipe, tmp_path, (f"data.shards=[{mine}]",))
+    stopped = trial.live(Point(STEP, 12, signals=(USR1,)))
+    assert stopped.codes == [CONTINUE] * RANKS
+    log = tmp_path / "log.txt"
+    pids = forge.start(RANKS, trial.arguments(), log, Point(STEP, 2, signals=(signal.SIGSTOP,)))
+    wait_for(lambda: all(is_stopped(pid) for pid in pids))
+    for tar in mine.glob("*.tar"):
+        tar.rename(tmp_path / tar.name)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    ended = forge.ended()
+    assert ended.codes == [MISTAKE] * RANKS, ended.log[-3000:]
+    assert "cannot be read" in ended.log
+    before, steps = found(trial.run), last_step(trial.run)
+    for tar in tmp_path.glob("*.tar"):
+        tar.rename(mine / tar.name)
+    final = trial.live()
+    assert final.codes == [DONE] * RANKS, final.log[-3000:]
+    told("shards vanish; put back", found=before, resumed_from=resumed_from(trial.run),
+         repeated=steps - resumed_from(trial.run), digest=digest(trial.run))  # fmt: skip
+    assert digest(trial.run) == undisturbed(())
+
+
+def test_a_time_budget_saves_and_says_continue(forge, recipe, undisturbed, told, tmp_path):
+    trial = Trial(forge, recipe, tmp_path, ())
+    ended = trial.live(None, "time_budget=0.00001")
+    assert ended.codes == [CONTINUE] * RANKS, ended.log[-3000:]
+    assert last_step(trial.run) == 1
+    assert [event.details["by"] for event in read_events(trial.run) if event.kind == "stopped"] == [
+        "time_budget of 1e-05 minutes"
+    ]
+    finished(trial, "time budget over", found(trial.run), last_step(trial.run), undisturbed, told)
+
+
+def test_a_run_that_does_not_get_on_goes_back_and_if_that_does_not_help_it_stops(
+    forge, recipe, undisturbed, told, tmp_path
+):
+    trial = Trial(forge, recipe, tmp_path, ("health.streak=3",))
+    spoiled = Point("dist_fusion.train:objective", 13, "spoiled", 1, lasting=1000)
+    ended = trial.live(spoiled)
+    assert ended.codes == [1] * RANKS, ended.log[-3000:]
+    assert "going back to step 10" in ended.log
+    assert "3 steps in a row up to step 13 were dropped, also after going back to step 10" in ended.log
+    assert "Traceback" not in ended.log
+    assert "NaN" not in (trial.run / "metrics.jsonl").read_text()
+    happened = [(event.kind, event.step) for event in read_events(trial.run)]
+    assert [step for kind, step in happened if kind == "skipped"] == [13, 14, 15, 11, 12, 13]
+    assert [step for kind, step in happened if kind == "rolled back"] == [15]
+    finished(trial, "losses of one rank no numbers, for good", found(trial.run), 13, undisturbed, told)
+
+
+def test_a_run_that_goes_back_from_a_passing_fault_ends_as_if_there_had_been_none(
+    forge, recipe, undisturbed, told, tmp_path
+):
+    trial = Trial(forge, recipe, tmp_path, ("health.streak=3",))
+    ended = trial.live(Point("dist_fusion.train:objective", 13, "spoiled", 1, lasting=3))
+    assert ended.codes == [DONE] * RANKS, ended.log[-3000:]
+    told("losses of one rank no numbers, for three steps", found="5 10 whole", resumed_from=10, repeated=5,
+         digest=digest(trial.run))  # fmt: skip
+    assert digest(trial.run) == undisturbed(())
+
+
+@pytest.mark.parametrize("how", ["asleep", pytest.param("frozen", marks=pytest.mark.faults)])
+def test_a_standstill_ends_with_the_stack_of_every_rank(forge, recipe, undisturbed, told, tmp_path, how):
+    trial = Trial(forge, recipe, tmp_path, ())
+    ended = trial.live(Point("dist_fusion.monitor.interval:Interval.fetch", 9, how, 1), "health.hang_minutes=0.05")
+    assert ended.codes == [1] * RANKS, ended.log[-3000:]
+    assert "rank 0 has made no progress for 0.05 minutes" in ended.log
+    waits, stands = ((trial.run / "logs" / f"rank-{rank}.stacks").read_text() for rank in range(RANKS))
+    assert "summed" in waits and "go_on" in waits, "rank 0 waits for the other one"
+    assert f"in _{how}" in stands and "go_on" in stands
+    finished(trial, f"a rank stands still ({how})", found(trial.run), last_step(trial.run), undisturbed, told)
+
+
+@pytest.mark.launch
+def test_a_run_outlives_the_death_of_its_launcher(forge, recipe, undisturbed, told, tmp_path):
+    """DeepSpeed's launcher, killed, leaves its ranks alone: they go on, and nobody else may take the run meanwhile."""
+    trial = Trial(forge, recipe, tmp_path, ())
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port()),
+        "--module", "dist_fusion.train", *trial.arguments(),
+    ]  # fmt: skip
+    launcher = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for(lambda: last_step(trial.run) > 2)
+    for pid in [*children(launcher.pid), launcher.pid]:
+        os.kill(pid, KILL)
+    launcher.wait()
+    refused = trial.live()
+    held = refused.codes == [MISTAKE] * RANKS and "is being trained by another job" in refused.log
+    assert held or refused.codes == [DONE] * RANKS, refused.log[-3000:]
+    (trial.run / "STOP").touch()
+    wait_for(lambda: not any(alive(int(path.read_text())) for path in (trial.run / "logs").glob("*.pid")))
+    finished(trial, "the launcher killed; its ranks stopped", found(trial.run), last_step(trial.run), undisturbed, told)
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A small file system of its own at `folder`."""
+    if os.getuid():
+        pytest.skip("only root can mount a file system")
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < end, "nothing happened for a minute and a half"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

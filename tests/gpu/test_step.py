@@ -20,7 +20,7 @@ from dist_fusion.models.execution import Aside
 from dist_fusion.models.teachers import Teacher, teach
 from dist_fusion.models.weights import build_model
 from dist_fusion.monitor.interval import Interval
-from dist_fusion.train import model_card
+from dist_fusion.parts import model_card
 from dist_fusion.types import Batch, Target, to_device
 from tests import tiny
 from tests.gpu.waiting import counted_waits, no_waiting

@@ -1,0 +1,37 @@
+import pytest
+
+
+@pytest.mark.parametrize("deepspeed", ["zero1", "zero2", "zero2-bf16", "zero3"])
+def test_a_step_that_one_rank_cannot_learn_from_is_dropped_on_all_and_told_with_names(
+    two_ranks, tiny_recipe, tmp_path, deepspeed
+):
+    overrides = [f"deepspeed={deepspeed}", "steps=5", "health.streak=2", "global_batch=8"]
+    found = two_ranks.run(
+        "unhealthy", recipe=str(tiny_recipe), overrides=overrides, folder=str(tmp_path),
+        spoiled={"pictures": [2, 4, 5]}, ranks=[1],
+    )  # fmt: skip
+    for rank in found:
+        assert rank["made"] == rank["changed"] == [True, False, True, False, False]
+        assert rank["hopeless"] == [False, False, False, False, True]
+        assert rank["finite"]
+        assert len(rank["told"]) == 3
+        assert "rank 1: loss total" in rank["told"][0], "whose loss it was"
+        assert ".weight" in rank["told"][0] or ".bias" in rank["told"][0], "whose gradients it was"
+        assert "rank 0: loss" not in rank["told"][0]
+
+
+@pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
+def test_a_step_whose_loss_is_a_spike_is_dropped_if_the_recipe_says_so(two_ranks, tiny_recipe, tmp_path, deepspeed):
+    steps, spikes = 32, [10, 28, 30]
+    common = [f"deepspeed={deepspeed}", f"steps={steps}", "global_batch=8"]
+    for rule, dropped in (("health.spike=5", [28, 30]), ("health.spike=0", [])):
+        found = two_ranks.run(
+            "unhealthy", recipe=str(tiny_recipe), overrides=[*common, rule], folder=str(tmp_path),
+            spoiled={"loss": spikes}, ranks=[0],
+        )  # fmt: skip
+        for rank in found:
+            assert [step for step, made in enumerate(rank["made"], 1) if not made] == dropped, (
+                "too few losses before 10"
+            )
+            assert rank["changed"] == rank["made"]
+    assert "is more than 5 times" in rank["told"][0]
