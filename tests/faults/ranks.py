@@ -64,6 +64,8 @@ class Forge:
 
 def serve() -> None:
     """Fork lives until nobody asks for one any more."""
+    from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401  else each life would import it anew: seconds
+
     from dist_fusion import train
     from dist_fusion.engine.ranks import free_port
 
