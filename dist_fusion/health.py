@@ -106,8 +106,12 @@ class Health:
 
     @property
     def hopeless(self) -> bool:
-        """Whether so many steps in a row were dropped, or the loss scale is so low, that more of the same is no use."""
-        return self._streak >= self._config.streak or (self._streak > 0 and self._steps.at_floor)
+        """Whether so many steps in a row were dropped that more of the same is no use.
+
+        A loss scale that is still coming down is of use, however long that takes; one at its floor is of none.
+        """
+        room = self._steps.room_below
+        return self._streak >= self._config.streak if room is None else self._streak > 0 and room <= 1
 
     def require_way_back(self, step: int) -> None:
         """Write down that the run goes back to its newest checkpoint. Collective.
@@ -123,8 +127,8 @@ class Health:
         whole = list_whole(self._run)
         before = {event.details.get("to") for event in read_events(self._run) if event.kind == "rolled back"}
         why = f"{self._streak} steps in a row up to step {step} were dropped"
-        if self._steps.at_floor:
-            why += ", with the loss scale at its least"
+        if self._steps.room_below is not None:
+            why += ", and the loss scale is at its least"
         advice = (
             f"{self._run / FILE} says what was not finite in each. A lower optimizer.learning_rate or another "
             "precision (deepspeed=…) in a new run may help, or other data"

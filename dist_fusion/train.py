@@ -31,7 +31,7 @@ from dist_fusion.data.stream import load_batches
 from dist_fusion.describe import describe
 from dist_fusion.distill import objective, row_weights
 from dist_fusion.engine.optimizer import build_engine, gradient_norm, learning_rates, skipped
-from dist_fusion.engine.ranks import start_ranks, stop_ranks
+from dist_fusion.engine.ranks import compute_alike, start_ranks, stop_ranks
 from dist_fusion.engine.sharding import check_device, ds_config
 from dist_fusion.engine.state import full_weights
 from dist_fusion.engine.steps import Steps
@@ -59,6 +59,8 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> int:
         UserError: for whatever is wrong with the recipe, its files or its run, before anything is changed.
         Unhealthy: if the run is of no use to continue as it is.
     """
+    if config.deterministic:
+        compute_alike(device)
     sharding = ds_config(config, distributed.world_size())
     check_device(config, sharding, device)
     parts = prepare(config, device)

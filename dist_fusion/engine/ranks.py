@@ -57,6 +57,17 @@ def free_port() -> int:
     return port
 
 
+def compute_alike(device: torch.device) -> None:
+    """Have a GPU compute the same to the last bit every time; a CPU does, with as many threads.
+
+    Operations that have no such form raise torch's error.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
 def stop_ranks() -> None:
     """Leave the process group."""
     if torch.distributed.is_initialized():

@@ -55,6 +55,11 @@ def ds_config(config: Config, world_size: int) -> dict[str, Any]:
         shards = sharding(tree)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+    if shards.stage == 0:
+        raise UserError(
+            f"{path} does not shard (zero_optimization.stage is 0); stage 1 does the same on one rank, and is what "
+            "checkpoints are made for: deepspeed=zero1"
+        )
     if config.compile and shards.stage == 3:
         raise UserError(
             f"compile is on and deepspeed is {config.deepspeed!r}: the hooks of ZeRO-3 cut the towers into pieces too "

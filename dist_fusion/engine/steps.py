@@ -33,10 +33,10 @@ class Steps:
         return applied
 
     @property
-    def at_floor(self) -> bool:
-        """Whether the loss scale cannot become less."""
+    def room_below(self) -> float | None:
+        """By what the loss scale can still be divided; None if there is no scale that changes."""
         scaler = self._zero.loss_scaler
-        return bool(scaler.dynamic and scaler.cur_scale <= scaler.min_scale)
+        return scaler.cur_scale / scaler.min_scale if scaler.dynamic else None
 
     def drop(self, loss: Tensor) -> Tensor:
         """What to learn from in place of `loss`, so that all ranks drop the step. The loss scale is left alone."""

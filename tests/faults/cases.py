@@ -32,7 +32,7 @@ WAIT, TWO, THREE, BF16 = "save_async=false", "deepspeed=zero2", "deepspeed=zero3
 
 CASES: dict[str, Case] = {
     # in a step
-    "one rank, before the first step": Case(Point("dist_fusion.train:base_learning_rate", 1, rank=1)),
+    "one rank, before the first step": Case(Point("dist_fusion.train:learning_rates", 1, rank=1)),
     "one rank, waiting for data": Case(Point("dist_fusion.monitor.interval:Interval.fetch", 7, rank=1)),
     "one rank, in the forward": Case(Point("dist_fusion.train:objective", 9, rank=0), overrides=(TWO,)),
     "one rank, after the backward": Case(Point(BACKWARD, 8, "after", 1), overrides=(THREE,)),

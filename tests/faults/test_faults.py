@@ -335,6 +335,45 @@ def test_a_run_outlives_the_death_of_its_launcher(forge, recipe, undisturbed, to
     finished(trial, "the launcher killed; its ranks stopped", found(trial.run), last_step(trial.run), undisturbed, told)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "then", "deepspeed", "dropout"),
+    [
+        pytest.param(2, 1, "zero1", 0.0),
+        pytest.param(1, 2, "zero3", 0.0, marks=pytest.mark.faults),
+        pytest.param(4, 2, "zero2", 0.0, marks=pytest.mark.faults),
+        pytest.param(2, 1, "zero3", 0.3, marks=pytest.mark.faults),
+        pytest.param(1, 2, "zero2", 0.3, marks=pytest.mark.faults),
+    ],
+)
+def test_a_run_goes_on_with_another_number_of_ranks(forge, recipe, told, tmp_path, ranks, then, deepspeed, dropout):
+    """Without dropout its losses are those of the old number of ranks; with it the samples are."""
+    common = (f"deepspeed={deepspeed}", f"model.dropout={dropout}", "global_batch=16")
+    whole, parts = Trial(forge, recipe, tmp_path / "whole", common), Trial(forge, recipe, tmp_path / "parts", common)
+    for trial in (whole, parts):
+        trial.folder.mkdir()
+    ended = whole.live(ranks=ranks)
+    assert ended.codes == [DONE] * ranks, ended.log[-3000:]
+    assert parts.live(Point(STEP, 13), ranks=ranks).codes == [-KILL] * ranks
+    steps = last_step(parts.run)
+    ended = parts.live(ranks=then)
+    assert ended.codes == [DONE] * then, ended.log[-3000:]
+    assert f"was saved by {ranks} ranks; it is dealt anew" in ended.log
+    begun = resumed_from(parts.run)
+    mine, theirs = (logged(trial.run, "loss/total") for trial in (parts, whole))
+    assert [step for step, _ in mine] == [step for step, _ in theirs] == list(range(1, 25))
+    apart = max(abs(one - other) / abs(other) for (_, one), (_, other) in zip(mine, theirs, strict=True))
+    told(f"killed on {ranks} ranks, ended on {then} ({deepspeed}, dropout {dropout})", found=found(parts.run),
+         resumed_from=begun, repeated=steps - begun, digest=f"losses within {apart:.1e}")  # fmt: skip
+    assert apart < (0.2 if dropout else 1e-5)
+    without_partner = [logged(trial.run, "data/without_partner") for trial in (parts, whole)]
+    assert without_partner[0] == without_partner[1], "the same samples in the same blocks"
+
+
+def logged(run: Path, key: str) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line[key]) for line in lines if key in line]
+
+
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[None]:
     """A small file system of its own at `folder`."""

@@ -50,6 +50,16 @@ def test_fp16_survives_overflow_kill_and_resume(recipe, overflowing, tmp_path):
     assert not any(column(tmp_path / "parts", "health/nonfinite"))
 
 
+def test_a_deterministic_run_that_was_stopped_ends_as_if_it_had_not_been_to_the_last_bit(recipe, tmp_path):
+    common = [f"runs={tmp_path}", f"steps={STEPS}", "deepspeed=zero2-fp16", "deterministic=true"]
+    whole, parts = (start(recipe, [*common, f"name={name}"]) for name in ("whole", "parts"))
+    assert stop_at(parts, tmp_path / "parts", STOP) == train.CONTINUE
+    assert finish(whole, start(recipe, [*common, "name=parts"])) == [train.DONE, train.DONE]
+    assert column(tmp_path / "parts", "loss/total") == column(tmp_path / "whole", "loss/total")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("parts", "whole")]
+    assert weights[0] == weights[1]
+
+
 def test_a_teacher_on_its_own_stream_gives_the_same_losses(recipe, tmp_path):
     """In bf16 under ZeRO-1, where the GPU can; else in fp16."""
     half = "bf16" if torch.cuda.get_device_capability() >= BF16_CAPABILITY else "fp16"
