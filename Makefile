@@ -1,5 +1,6 @@
 # make demo [SIZE=smoke] [SEEDS=3] [FRESH=1]    the whole method on real data
 # make test                                     the tests
+# make faults                                   kills a run in every way that is known, and continues it; half an hour
 # make check                                    formatting, lint, types, floors
 # make gpu-check [PYTHON=python3]               on a machine with a GPU: its tests and all benches, in nine minutes
 
@@ -8,13 +9,16 @@ SIZE ?= full
 SEEDS ?= 1
 FRESH ?=
 
-.PHONY: demo test check gpu-check clean
+.PHONY: demo test faults check gpu-check clean
 
 demo: .venv/ready
 	.venv/bin/dist-fusion demo --size $(SIZE) --seeds $(SEEDS) $(if $(FRESH),--fresh)
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/pytest
+
+faults: .venv/ready
+	.venv/bin/python -m tests.faults
 
 check: .venv/ready
 	.venv/bin/ruff format --check .
