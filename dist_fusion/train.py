@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +76,9 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> int:
         (logs / f"rank-{distributed.rank()}.pid").write_text(f"{os.getpid()}\n")
         try:
             return fit(config, parts, run, stop, watch, device)
+        except Exception as error:
+            tell_failed(run, error)
+            raise
         finally:
             watch.close()
 
@@ -215,6 +219,18 @@ def tell_stopped(run: Path, step: int, stop: StopRequest) -> None:
     log.info("told to stop (%s); start the same command again to continue", by)
     if distributed.rank() == 0:
         record(run, "stopped", step, {"by": by})
+
+
+def tell_failed(run: Path, error: Exception) -> None:
+    """Write into the diary what ended this rank, with the step where the run can go on.
+
+    A mistake is told by all ranks alike, so the first one writes it; any other error by the ranks that met it.
+    """
+    if distributed.rank() == 0 or not isinstance(error, UserError | Unhealthy):
+        whole = list_whole(run)
+        with suppress(OSError):  # the folder may be what is wrong, and the error is told anyway
+            said = f"rank {distributed.rank()}: {type(error).__name__}: {error}"
+            record(run, "failed", whole[-1].step if whole else 0, {"error": said})
 
 
 def tell_started(run: Path, step: int) -> None:
