@@ -80,6 +80,11 @@ def list_committed(run: Path) -> list[Path]:
     return sorted(path.parent for path in (run / "checkpoints").glob(f"step-*/{MANIFEST}"))
 
 
+def list_damaged(run: Path) -> list[Path]:
+    """The folders that were found damaged, oldest first."""
+    return sorted(path.parent for path in (run / "checkpoints").glob(f"step-*/{DAMAGED}"))
+
+
 def problems(folder: Path) -> list[str]:
     """What is missing of a checkpoint, as far as the sizes of its files can tell."""
     try:

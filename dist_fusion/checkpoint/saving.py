@@ -19,7 +19,15 @@ from torch.utils._pytree import tree_leaves
 from dist_fusion import distributed
 from dist_fusion.checkpoint.copies import Copies
 from dist_fusion.checkpoint.folder import as_json, versions
-from dist_fusion.checkpoint.manifest import MANIFEST, Position, as_files, folder_at, list_whole
+from dist_fusion.checkpoint.manifest import (
+    MANIFEST,
+    Position,
+    as_files,
+    folder_at,
+    list_committed,
+    list_damaged,
+    list_whole,
+)
 from dist_fusion.checkpoint.randomness import random_state
 from dist_fusion.checkpoint.retention import superseded
 from dist_fusion.checkpoint.writing import Written, write_state, write_text
@@ -53,7 +61,8 @@ class Saver:
         self._deleting: threading.Thread | None = None
         self.last = -1  # the step of the last save that was begun
         self._since = time.monotonic()
-        self._delete([folder for folder in (run / "checkpoints").glob("step-*") if not (folder / MANIFEST).exists()])
+        known = {*list_committed(run), *list_damaged(run)}
+        self._delete([folder for folder in (run / "checkpoints").glob("step-*") if folder not in known])
 
     @property
     def busy(self) -> bool:
@@ -187,15 +196,11 @@ class Saver:
         except OSError as error:
             return f"{type(error).__name__}: {error}"
         best = self._position.best_step if self._config.keep_best else None
-        self._delete(
-            [
-                saved.folder
-                for saved in superseded(
-                    list_whole(self._run), self._config.keep_checkpoints, best, self._config.keep_epochs,
-                    self._steps_per_epoch,
-                )
-            ]
-        )  # fmt: skip
+        gone = superseded(
+            list_whole(self._run), self._config.keep_checkpoints, best, self._config.keep_epochs, self._steps_per_epoch
+        )
+        damaged = [folder for folder in list_damaged(self._run) if folder < self._folder]  # nobody needs them any more
+        self._delete([*damaged, *(saved.folder for saved in gone)])
         return ""
 
     def _delete(self, folders: Sequence[Path]) -> None:

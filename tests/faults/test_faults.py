@@ -201,6 +201,7 @@ def test_a_run_without_any_whole_checkpoint_is_not_begun_anew_by_itself(forge, r
     ended = trial.live()
     assert ended.codes == [MISTAKE] * RANKS
     assert "no checkpoint of" in ended.log and "move the folder" in ended.log
+    assert trial.live().codes == [MISTAKE] * RANKS, "nor when it is asked again"
     (trial.run / "checkpoints").rename(tmp_path / "away")
     finished(trial, "all checkpoints damaged; moved away", found(trial.run), last_step(trial.run), undisturbed, told)
 
