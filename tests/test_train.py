@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from dist_fusion import train
+from dist_fusion.checkpoint.manifest import folder_at, list_whole
 from dist_fusion.config import load
 from dist_fusion.engine.ranks import free_port
 from dist_fusion.parts import prepare
@@ -150,6 +151,24 @@ def test_a_checkpoint_that_is_not_whole_is_no_candidate(two_ranks, recipe, tmp_p
     (run / "model.safetensors").unlink()
     assert two_ranks.run("run", **arguments) == [{"code": train.DONE}] * 2
     assert metrics(run) == expected
+
+
+def test_the_newest_the_best_and_one_of_every_third_epoch_are_kept(two_ranks, recipe, tmp_path):
+    best = "dev/mlm/masked tokens"
+    overrides = [f"runs={tmp_path}", "steps=40", "save_every=4", "evaluate_every=5", "keep_epochs=3"]
+    wrong = two_ranks.run("run", recipe=str(recipe), overrides=[*overrides, "keep_best=dev/mlm/masked", "name=wrong"])
+    assert "no score has this name; did you mean 'dev/mlm/masked tokens'?" in wrong[0]["mistake"]
+    arguments = {"recipe": str(recipe), "overrides": [*overrides, f"keep_best={best}", "optimizer.learning_rate=3e-3"]}
+    assert two_ranks.run("run", **arguments) == [{"code": train.DONE}] * 2
+    run = tmp_path / "small"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line[best] for line in lines if best in line}
+    assert list(scores) == [5, 10, 15, 20, 25, 30, 35, 40]
+    # An epoch is 41 samples, 5.125 steps: 16 and 32 are the first saves from 15.4 and from 30.8 steps on.
+    assert {saved.step for saved in list_whole(run)} == {16, 32, 36, 40, max(scores, key=scores.__getitem__)}
+    position = json.loads((folder_at(run, 40) / "manifest.json").read_text())["position"]
+    del scores[40]  # which came after the save
+    assert (position["best"], position["best_step"]) == (max(scores.values()), max(scores, key=scores.__getitem__))
 
 
 def test_a_checkpoint_holds_no_teacher(two_ranks, recipe, tmp_path):

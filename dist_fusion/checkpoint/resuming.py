@@ -49,7 +49,7 @@ def resume(engine: Any, run: Path, seed: int) -> Position:
 
 def _newest_whole(run: Path) -> Path | None:
     """The folder of the newest checkpoint whose every byte is as it was saved; the ranks share the reading."""
-    refused: list[str] = [folder.name for folder in list_damaged(run)]
+    refused: list[str] = distributed.from_first([folder.name for folder in list_damaged(run)])
     committed: list[Path] = distributed.from_first(list_committed(run) if distributed.rank() == 0 else None)
     for folder in reversed(committed):
         wrong: list[str] = distributed.from_first(problems(folder) if distributed.rank() == 0 else None)
