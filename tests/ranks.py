@@ -6,8 +6,10 @@ back in the order of the ranks. Starting two ranks costs seconds, so all checks 
 
 import json
 import os
+import queue
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,8 @@ from pathlib import Path
 from dist_fusion.engine.ranks import free_port, start_ranks, stop_ranks
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 240.0
+"""Seconds that a check may take."""
 
 
 class Ranks:
@@ -33,22 +37,38 @@ class Ranks:
             )
             for rank in range(size)
         ]  # fmt: skip
+        self._replies = [queue.SimpleQueue() for _ in self._processes]
+        for process, replies in zip(self._processes, self._replies, strict=True):
+            threading.Thread(target=self._listen, args=(process, replies), daemon=True).start()
 
     def run(self, check: str, **arguments: object) -> list:
         """The results of `check` on every rank; raises AssertionError with the trace of a rank that failed."""
         for process in self._processes:
             process.stdin.write(json.dumps([check, arguments]) + "\n")
             process.stdin.flush()
-        replies = [self._reply(process) for process in self._processes]
+        replies = [self._reply(replies) for replies in self._replies]
         failed = [reply["trace"] for reply in replies if "trace" in reply]
         assert not failed, "\n".join(failed)
         return [reply["result"] for reply in replies]
 
-    def _reply(self, process: subprocess.Popen) -> dict:
+    def _listen(self, process: subprocess.Popen, replies: queue.SimpleQueue) -> None:
         for line in process.stdout:
             if line.startswith("REPLY "):
-                return json.loads(line.removeprefix("REPLY "))
-        raise AssertionError(f"a rank died:\n{self._log.read_text()[-3000:]}")
+                replies.put(json.loads(line.removeprefix("REPLY ")))
+        replies.put(None)
+
+    def _reply(self, replies: queue.SimpleQueue) -> dict:
+        """The next one; if one rank fails inside a collective, the others wait there for longer than anybody would."""
+        try:
+            reply = replies.get(timeout=PATIENCE)
+        except queue.Empty:
+            reply = None
+            for process in self._processes:
+                process.kill()
+        assert reply is not None, f"a rank died, or waits for one that failed:\n{self._log.read_text()[-6000:]}"
+        if "trace" in reply:
+            sys.stderr.write(reply["trace"])
+        return reply
 
     def close(self) -> None:
         for process in self._processes:

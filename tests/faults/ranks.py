@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,25 +38,36 @@ class Forge:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
+        self._pids: list[int] = []
 
     def start(self, ranks: int, arguments: list[str], log: Path, point: Point | None = None) -> list[int]:
         """Begin a life; returns its processes."""
-        self._log = log
+        self._log, self._pids = log, []
         order = {"ranks": ranks, "arguments": arguments, "log": str(log), "point": point and point._asdict()}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        self._pids = json.loads(self._process.stdout.readline())
+        return self._pids
 
     def ended(self) -> Ended:
         """Wait for the end of the life that was begun."""
         line = self._process.stdout.readline()
         assert line, "the process that forks has died"
+        self._pids = []
         return Ended(json.loads(line), self._log.read_text())
 
     def live(self, ranks: int, arguments: list[str], log: Path, point: Point | None = None) -> Ended:
         """A life from its beginning to its end."""
         self.start(ranks, arguments, log, point)
         return self.ended()
+
+    def end(self) -> None:
+        """Kill what a test has left of a life."""
+        if self._pids:
+            for pid in self._pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.ended()
 
     def close(self) -> None:
         self._process.stdin.close()

@@ -48,10 +48,16 @@ class Trial(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def forge():
+def forging():
     forge = Forge()
     yield forge
     forge.close()
+
+
+@pytest.fixture
+def forge(forging):
+    yield forging
+    forging.end()
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +66,14 @@ def recipe(shards, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(forge, recipe, tmp_path_factory):
+def undisturbed(forging, recipe, tmp_path_factory):
     """The digest of a run with some overrides that nothing happened to."""
     known: dict[tuple[str, ...], str] = {}
 
     def of(overrides: tuple[str, ...]) -> str:
         overrides = tuple(one for one in overrides if one.startswith("deepspeed="))
         if overrides not in known:
-            trial = Trial(forge, recipe, tmp_path_factory.mktemp("undisturbed"), overrides)
+            trial = Trial(forging, recipe, tmp_path_factory.mktemp("undisturbed"), overrides)
             ended = trial.live()
             assert ended.codes == [DONE] * RANKS, ended.log[-3000:]
             known[overrides] = digest(trial.run)
@@ -223,11 +229,12 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(forge, recipe, 
 @pytest.mark.faults
 def test_a_folder_that_becomes_read_only_ends_the_run_with_a_clear_message(forge, recipe, undisturbed, told, tmp_path):
     trial = Trial(forge, recipe, tmp_path, ("steps=4000", "log_every=4000", "evaluate_every=0", "save_every=100"))
-    with mounted(tmp_path, "size=64m"):
-        log = tmp_path.parent / f"{tmp_path.name}.log"
-        forge.start(RANKS, trial.arguments(), log)
+    checkpoints = trial.run / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    with mounted(checkpoints, "size=64m"):
+        forge.start(RANKS, trial.arguments(), tmp_path / "log.txt")
         wait_for(lambda: list_whole(trial.run))
-        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
+        wait_for(lambda: not subprocess.run(["mount", "-o", "remount,ro", str(checkpoints)]).returncode)
         ended = forge.ended()
         assert ended.codes == [MISTAKE] * RANKS, ended.log[-3000:]
         assert "Read-only file system" in ended.log and "is whole. Make room" in ended.log
