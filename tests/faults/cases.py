@@ -49,15 +49,17 @@ CASES: dict[str, Case] = {
     "one rank, all copied": Case(Point("dist_fusion.checkpoint.copies:Copies.take", 2, "after", 1), overrides=(TWO,)),
     "rank 0, in the middle of the model's file": Case(Point("torch:save", 4, "within", 0), quick=True),
     "one rank, in the middle of its shard": Case(Point("torch:save", 3, "within", 1), overrides=(WAIT,)),
-    "rank 0, before its shard is on disk": Case(Point("os:fsync", 4, rank=0), overrides=(WAIT,)),
+    "rank 0, before the name of its shard is on disk": Case(
+        Point("dist_fusion.checkpoint.writing:sync_folder", 1, rank=0, path="step-00000010"), overrides=(WAIT,)
+    ),
     "one rank, its shard written and its random state not": Case(Point(SHARD, 4, rank=1), overrides=(THREE,)),
     "all ranks, each with all its files": Case(Point(SHARD, 4, "after"), overrides=(WAIT, TWO)),
     "rank 0, before the manifest": Case(Point(f"{SAVING}:Saver._commit", 2, rank=0)),
     "rank 0, half of the manifest written": Case(Point(TEXT, 2, "torn", 0, path="manifest.json"), quick=True),
     "rank 0, between manifest and pointer": Case(Point(TEXT, 2, "after", 0, path="manifest.json")),
     "rank 0, half of the pointer written": Case(Point(TEXT, 2, "torn", 0, path="latest"), overrides=(WAIT,)),
-    "rank 0, before it deletes an old one": Case(Point("shutil:rmtree", 1, rank=0)),
-    "all ranks, an old one deleted": Case(Point("shutil:rmtree", 1, "after"), overrides=(TWO,)),
+    "rank 0, before it deletes an old one": Case(Point("shutil:rmtree", 1, rank=0, path="step-00000005")),
+    "all ranks, an old one deleted": Case(Point("shutil:rmtree", 1, "after", path="step-00000005"), overrides=(TWO,)),
     # at the end, and at the beginning
     "rank 0, before the model is written": Case(Point("dist_fusion.train:save_model", 1, rank=0)),
     "rank 0, the model half written": Case(Point("dist_fusion.models.weights:save_file", 1, rank=0)),
