@@ -150,16 +150,9 @@ class Cluster:
         shown = self.call("scontrol", "-o", "show", "job", job)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
-    def wait(self, job: str, timeout: float = 120) -> dict[str, str]:
-        """The job when it is over. While it waits to be started again, it need not wait longer."""
-
-        def over() -> bool:
-            now = self.job(job)
-            if now["JobState"] == "PENDING" and now["Restarts"] != "0":
-                self._call("scontrol", "update", f"JobId={job}", "StartTime=now")
-            return now["JobState"] in OVER
-
-        wait_for(over, timeout, lambda: str(self.job(job)))
+    def wait(self, job: str, timeout: float = 400) -> dict[str, str]:
+        """The job when it is over."""
+        wait_for(lambda: self.job(job)["JobState"] in OVER, timeout, lambda: str(self.job(job)))
         return self.job(job)
 
 
