@@ -265,17 +265,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start_console()
         try:
             return train(config, device, stop)
-        except Unhealthy as error:
-            if distributed.rank() == 0:
-                sys.stderr.write(f"dist-fusion: {error}\n")
-            return FAILURE
         finally:
             stop.close()
             stop_ranks()
-    except UserError as error:
+    except (UserError, Unhealthy) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node
             sys.stderr.write(f"dist-fusion: {error}\n")
-        return MISTAKE
+        return MISTAKE if isinstance(error, UserError) else FAILURE
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def _worker(given: argparse.Namespace) -> int:
 
 
 def _submit(given: argparse.Namespace) -> int:
-    from launcher.check import check, folder_of
+    from dist_fusion.checkpoint.folder import folder_of
+    from launcher.check import check
     from launcher.profile import load_profile
     from launcher.submit import submit, told
 

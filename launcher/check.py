@@ -2,11 +2,10 @@
 
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
-from dist_fusion import train
-from dist_fusion.checkpoint import differences
+from dist_fusion.checkpoint.folder import differences, folder_of
 from dist_fusion.config import Config, load
+from dist_fusion.describe import describe
 from dist_fusion.schema import UserError
 
 
@@ -18,7 +17,7 @@ def check(recipe: str, overrides: Sequence[str], ranks: int) -> Config:
             that can be written and was made by this recipe, a batch that the ranks can share.
     """
     config = load(recipe, overrides)
-    _, lacking = train.describe(config, ranks)
+    _, lacking = describe(config, ranks)
     lacking += unusable(config)
     if lacking:
         raise UserError("it cannot start:\n  " + "\n  ".join(lacking))
@@ -38,11 +37,6 @@ def unusable(config: Config) -> list[str]:
     if changed:
         return [f"the run {run} was made by another recipe: {'; '.join(changed)}; give this one another name (name=…)"]
     return []
-
-
-def folder_of(config: Config) -> Path:
-    """The run's folder."""
-    return Path(config.runs) / config.name
 
 
 def told(config: Config, ranks: int) -> str:

@@ -83,10 +83,11 @@ def live(recipe: str, overrides: Sequence[str], place: Place) -> tuple[int, Path
                 failure.outlast(run, place, str(error))
             failure.write(run, place, traceback.format_exc())
             raise
-        if code == MISTAKE and place.local_rank == 0:
+        ended = code in (FAILED, MISTAKE)
+        if ended and place.local_rank == 0:
             failure.write(run, place, said.last)
         meeting.tell("returned")
-        if code == MISTAKE or (code == CONTINUE and place.rank == 0):
+        if ended or (code == CONTINUE and place.rank == 0):
             meeting.all_told("returned", RETURNING)
         return code, run
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from dist_fusion.checkpoint.folder import folder_of
 from dist_fusion.config import Config, dump
 from dist_fusion.schema import UserError
 from launcher import records
-from launcher.check import folder_of
 from launcher.job import Training
 from launcher.profile import Profile
 

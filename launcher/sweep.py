@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dist_fusion.checkpoint.folder import folder_of
 from dist_fusion.config import Config
 from dist_fusion.schema import UserError, build, section
 from launcher import records, slurm
-from launcher.check import check, folder_of
+from launcher.check import check
 from launcher.profile import Profile
 from launcher.submit import submit
 
