@@ -66,8 +66,13 @@ class Catalog:
         return Part(self.shards[self._shard[first]], int(self._begin[first]), int(self._end[last]))
 
     def key(self, number: int) -> str:
-        """A sample's key."""
-        return str(keys(self.shards[self._shard[number]])[self._place[number]])
+        """A sample's key, or its place in its shard if that is no longer the one that was indexed."""
+        place = int(self._place[number])
+        try:
+            known = keys(self.shards[self._shard[number]])
+        except OSError:
+            known = np.zeros(0, np.str_)
+        return str(known[place]) if place < len(known) else f"sample {place}"
 
     def span(self, number: int, within: Part) -> slice:
         """Where a sample's bytes are in those of a part."""

@@ -18,6 +18,8 @@ from dist_fusion.schema import UserError
 
 PAUSES = (0.1, 1.0, 5.0)
 """Seconds before a failed read is tried again: a cluster's file system may be away for a moment."""
+LOST = 60.0
+"""Seconds for which a shard that could not be read counts as lost."""
 BLOCK = tarfile.BLOCKSIZE
 MOST_OPEN = 32
 """Shards that are kept open."""
@@ -120,19 +122,25 @@ class Reader:
 
     def __init__(self, pauses: Sequence[float] = PAUSES):
         self._pauses, self._open = pauses, OrderedDict[str, int]()
+        self._lost: dict[str, float] = {}  # until when nobody waits for a shard
 
     def read(self, shard: str, begin: int, end: int) -> bytes:
         """Bytes `begin` to `end` of a shard, tried again after each of the pauses.
 
+        A shard for which that was no use is tried but once for some time: a set that has vanished as a whole must not
+        cost the pauses for each of its samples.
+
         Raises:
             OSError: if the last try fails, too.
         """
-        for pause in (*self._pauses, None):
+        pauses = () if time.monotonic() < self._lost.get(shard, 0.0) else self._pauses
+        for pause in (*pauses, None):
             try:
                 return self._tried(shard, begin, end)
             except OSError:
                 self._forget(shard)
                 if pause is None:
+                    self._lost[shard] = time.monotonic() + LOST
                     raise
                 time.sleep(pause)
         raise AssertionError("unreachable")

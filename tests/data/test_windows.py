@@ -129,6 +129,34 @@ def test_a_read_is_tried_again(tmp_path):
         Reader(pauses=(0,)).read(str(shard), 2, 12)
 
 
+def test_a_shard_that_is_lost_costs_its_pauses_once_and_not_for_every_sample(tmp_path):
+    tries = []
+
+    class Gone(Reader):
+        def _tried(self, shard, begin, end):
+            tries.append(shard)
+            return super()._tried(shard, begin, end)
+
+    reader, shard = Gone(pauses=(0, 0, 0)), tmp_path / "gone.tar"
+    for expected in (4, 5, 6):
+        with pytest.raises(FileNotFoundError):
+            reader.read(str(shard), 0, 1)
+        assert len(tries) == expected
+    shard.write_bytes(b"back")
+    assert reader.read(str(shard), 0, 4) == b"back"
+
+
+def test_a_sample_of_a_shard_that_is_no_longer_what_was_indexed_is_named_by_its_place(tmp_path):
+    shards = sparse(tmp_path, 1, 3)
+    catalog = Catalog(outlines([str(shard) for shard in sorted(Path(tmp_path).glob("*.tar"))]), TASKS)
+    names = [catalog.key(number) for number in range(3)]
+    assert len({*names}) == 3 and not any(name.startswith("sample ") for name in names)
+    for shard in Path(tmp_path).glob("*.tar"):
+        shard.unlink()
+    assert [catalog.key(number) for number in range(3)] in (names, ["sample 0", "sample 1", "sample 2"])
+    del shards
+
+
 def test_more_shards_than_may_stay_open_are_read(tmp_path):
     reader = Reader()
     shards = [tmp_path / f"{n}.tar" for n in range(70)]

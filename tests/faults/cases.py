@@ -59,7 +59,7 @@ CASES: dict[str, Case] = {
     "rank 0, between manifest and pointer": Case(Point(TEXT, 2, "after", 0, path="manifest.json")),
     "rank 0, half of the pointer written": Case(Point(TEXT, 2, "torn", 0, path="latest"), overrides=(WAIT,)),
     "rank 0, before it deletes an old one": Case(Point("shutil:rmtree", 1, rank=0, path="step-00000005")),
-    "all ranks, an old one deleted": Case(Point("shutil:rmtree", 1, "after", path="step-00000005"), overrides=(TWO,)),
+    "rank 0, an old one deleted": Case(Point("shutil:rmtree", 1, "after", 0, path="step-00000005"), overrides=(TWO,)),
     # at the end, and at the beginning
     "rank 0, before the model is written": Case(Point("dist_fusion.train:save_model", 1, rank=0)),
     "rank 0, the model half written": Case(Point("dist_fusion.models.weights:save_file", 1, rank=0)),
