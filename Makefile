@@ -1,5 +1,6 @@
 # make demo [SIZE=smoke] [SEEDS=3] [FRESH=1]    the whole method on real data
 # make test                                     the tests
+# make test-slurm                               those on a real SLURM of two nodes, which they start themselves
 # make faults                                   kills a run in every way that is known, and continues it; half an hour
 # make check                                    formatting, lint, types, floors
 # make gpu-check [PYTHON=python3]               on a machine with a GPU: its tests and all benches, in nine minutes
@@ -9,13 +10,16 @@ SIZE ?= full
 SEEDS ?= 1
 FRESH ?=
 
-.PHONY: demo test faults check gpu-check clean
+.PHONY: demo test test-slurm faults check gpu-check clean
 
 demo: .venv/ready
 	.venv/bin/dist-fusion demo --size $(SIZE) --seeds $(SEEDS) $(if $(FRESH),--fresh)
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/pytest
+
+test-slurm: .venv/ready
+	OMP_NUM_THREADS=1 .venv/bin/pytest tests/slurm -m slurm
 
 faults: .venv/ready
 	.venv/bin/python -m tests.faults

@@ -75,7 +75,7 @@ def test_full_weights_are_the_masters_and_all_else_that_the_model_has(saved):
     assert len({value.untyped_storage().data_ptr() for value in weights.values()}) == len(weights)
 
 
-@pytest.mark.launch
+@pytest.mark.faults
 def test_four_ranks_become_two_and_two_become_four(two_ranks, recipe, tmp_path):
     """Also where the order of parameters or the sub-groups are others on another number of ranks."""
     four_ranks = Ranks(4, tmp_path / "four.log")

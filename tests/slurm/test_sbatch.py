@@ -12,7 +12,7 @@ from launcher.__main__ import main
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.conftest import ROOT, STEPS, losses, reaches, sbatch
 
-pytestmark = pytest.mark.launch
+pytestmark = pytest.mark.slurm
 
 
 def outcome(cluster: Cluster, job: str, recipe: Path) -> tuple[tuple[str, str], str]:

@@ -11,7 +11,7 @@ from launcher import records
 from tests.slurm.cluster import wait_for
 from tests.slurm.conftest import STEPS, losses, reaches
 
-pytestmark = pytest.mark.launch
+pytestmark = pytest.mark.slurm
 
 PROFILE = """
 cluster: slurm
