@@ -131,11 +131,12 @@ class Saver:
                 thread.join()
 
     def _write(self, paths: Sequence[Path], states: Callable[[], Sequence[Any]]) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         written: list[Written] = []
         self._part = Part(written, "the thread that writes has failed; its error is above")
         try:
-            for path, one in zip(paths, states(), strict=True):
+            taken = states()  # for which the run may wait; for the rest it does not
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            for path, one in zip(paths, taken, strict=True):
                 written.append(write_state(path, one))
         except (OSError, RuntimeError) as error:  # torch's writer tells of a full disk by the latter
             self._part = Part(written, f"{type(error).__name__}: {error}")
