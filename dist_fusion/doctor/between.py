@@ -73,7 +73,7 @@ def _digest(folder: Path) -> str:
     return sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))).hexdigest()
 
 
-def shared_folder(case: Case) -> list[Line]:
+def shared_folder(case: Case, patience: float = SEEN_WITHIN) -> list[Line]:
     """Whether all ranks write into the folder of the run, and see what the others have written."""
     count, rank = distributed.world_size(), distributed.rank()
     place = Path(distributed.from_first(str(case.folder.absolute() / f".doctor-{os.getpid()}-{time.time_ns()}")))
@@ -84,14 +84,14 @@ def shared_folder(case: Case) -> list[Line]:
             place.mkdir()
     distributed.barrier()
     with guarded(lines):
-        if not _soon(place.is_dir):
+        if not _soon(place.is_dir, patience):
             lines.append(_unseen(f"{place.parent} of rank 0 is not the one that is here"))
         else:
             (place / f"rank-{rank}").write_text(str(rank))
     distributed.barrier()
     began = time.monotonic()
     with guarded(lines):
-        lacking = [other for other in range(count) if not _soon(partial(_wrote, place, other))]
+        lacking = [other for other in range(count) if not _soon(partial(_wrote, place, other), patience)]
         late = time.monotonic() - began
         if lacking and not lines:
             lines.append(_unseen(f"{place.parent}: what {len(lacking)} other ranks write is not seen here"))
@@ -107,8 +107,8 @@ def _wrote(place: Path, rank: int) -> bool:
     return path.is_file() and path.read_text() == str(rank)
 
 
-def _soon(seen: Callable[[], bool]) -> bool:
-    end = time.monotonic() + SEEN_WITHIN
+def _soon(seen: Callable[[], bool], patience: float) -> bool:
+    end = time.monotonic() + patience
     while not seen():
         if time.monotonic() > end:
             return False

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -102,12 +103,13 @@ def examine(given: argparse.Namespace) -> tuple[int, str]:
         seat = report.Seat(int(os.environ.get("RANK", "0")), socket.gethostname())
         return ILL, report.as_text([found], [seat], _colours())
     try:
-        return _examined(given, config, device)
+        return report_of(given, config, device)
     finally:
         stop_ranks()
 
 
-def _examined(given: argparse.Namespace, config: Config | None, device: torch.device) -> tuple[int, str]:
+def report_of(given: argparse.Namespace, config: Config | None, device: torch.device) -> tuple[int, str]:
+    """What `examine` tells, by ranks that have started. Collective."""
     count = distributed.world_size()
     ranks = given.ranks or count
     found: dict[str, list[Line]] = {}
@@ -146,14 +148,17 @@ def _config(given: argparse.Namespace) -> Config | None:
 
 
 def _recipe(config: Config | None, ranks: int) -> tuple[list[Line], Survey | None]:
-    """Whether a recipe could start on so many ranks, found out by the first of them. Collective."""
+    """Whether a recipe could start on so many ranks, found out by the first of them. Collective.
+
+    Its shards are another check's, which every rank makes.
+    """
     lines: list[Line] = []
     known = None
     if config is None:
-        return [Line(OK, "none is named (--recipe): what one needs is not asked")], None
+        return [Line(OK, "none is named (--recipe)")], None
     if distributed.rank() == 0:
         with guarded(lines):
-            known = survey(config, ranks)
+            known = survey(replace(config, data=replace(config.data, shards=(), sources={}, dev=())), ranks)
             lines += [Line(FAIL, lacks) for lacks in known.lacking]
             micro = config.micro_batch(ranks)
             lines += (

@@ -31,19 +31,19 @@ def triton_cache(case: Case) -> list[Line]:
     return [Line(OK, f"{folder}, on {kind}")]
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: Path, mounts: Path = MOUNTS) -> str:
     """The kind of file system that a path is on, or would be: the last mount of the longest place above it."""
     resolved = path.expanduser().resolve()
     best, kind = -1, "an unknown file system"
-    for place, one in _mounts():
+    for place, one in _mounted(mounts):
         if resolved.is_relative_to(place) and len(place.parts) >= best:
             best, kind = len(place.parts), one
     return kind
 
 
-def _mounts() -> Iterator[tuple[Path, str]]:
+def _mounted(mounts: Path) -> Iterator[tuple[Path, str]]:
     """Places and kinds, in the order of mounting. A line: id parent major:minor root place options … - kind source …"""
-    for line in MOUNTS.read_text().splitlines():
+    for line in mounts.read_text().splitlines():
         before, _, after = line.partition(" - ")
         yield Path(before.split()[4].encode().decode("unicode_escape")), after.split()[0]
 
@@ -54,7 +54,7 @@ def shards(case: Case) -> list[Line]:
     for folder in case.shards:
         with guarded(lines):
             lines.append(_shards_of(folder))
-    return lines or [Line(OK, "not asked for: neither --shards nor a recipe is named")]
+    return lines or [Line(OK, "where they are, a recipe says (--recipe), or --shards")]
 
 
 def _shards_of(folder: str) -> Line:

@@ -124,7 +124,7 @@ def precision(case: Case) -> list[Line]:
 def memory(case: Case) -> list[Line]:
     """Whether a rank of the recipe fits its GPU, by an estimate."""
     if case.facts is None or case.device.type != "cuda":
-        return [Line(OK, "not asked for: it needs a recipe, and a GPU")]
+        return [Line(OK, "what is needed, a recipe says (--recipe), on a GPU")]
     total = torch.cuda.get_device_properties(case.device).total_memory
     free, _ = torch.cuda.mem_get_info(case.device)
     needed = case.facts.memory.on_device

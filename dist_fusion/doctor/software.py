@@ -1,5 +1,6 @@
 """What is installed: Python, packages, compilers, ffmpeg, and compiled code."""
 
+import os
 import platform
 import re
 import shutil
@@ -80,7 +81,7 @@ def compiler(case: Case) -> list[Line]:
 def deepspeed_ops(case: Case) -> list[Line]:
     """The operations of DeepSpeed's that the recipe loads."""
     if case.config is None:
-        return [Line(OK, "not asked for: no recipe is named")]
+        return [Line(OK, "which are needed, a recipe says (--recipe)")]
     wanted = _wanted_ops(case)
     if not wanted:
         return [Line(OK, f"deepspeed={case.config.deepspeed} needs none that is compiled")]
@@ -107,7 +108,7 @@ def _lacking_ops(case: Case) -> list[str]:
 
 def builds(case: Case) -> list[Line]:
     """Locks that killed builds have left, for which the next start would wait in silence."""
-    root = Path(get_default_build_root())
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     lines = []
     for lock in sorted(root.rglob("lock")) if root.is_dir() else ():
         age = time.time() - lock.stat().st_mtime

@@ -1,6 +1,7 @@
 """DeepSpeed's compiled operations, as far as a run asks for them."""
 
-import deepspeed.git_version_info
+from deepspeed import git_version_info
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.all_ops import ALL_OPS
 from torch.utils.cpp_extension import is_ninja_available
 
@@ -15,8 +16,9 @@ def wanted_ops(sharding: Sharding) -> tuple[str, ...]:
 
 
 def is_built(op: str) -> bool:
-    """Whether DeepSpeed was installed with this operation; if not, it is compiled at its first use."""
-    return bool(deepspeed.git_version_info.installed_ops.get(op))
+    """Whether DeepSpeed was installed with this operation for what ranks run on; else its first use compiles it."""
+    ours = git_version_info.accelerator_name == get_accelerator()._name
+    return ours and bool(git_version_info.installed_ops.get(op))
 
 
 def why_not_compiled(op: str) -> str:
