@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -49,9 +49,9 @@ COLLECTIVE: dict[str, Check] = {
     "exchange": between.exchange,
 }
 """What several ranks find out together."""
-PATIENCE = {"meeting": 300.0, "exchange": 120.0}
-"""Seconds that a check may take, if not OTHERS, before all ends: what hangs here would hang the training, too."""
-OTHERS = 180.0
+Surveyed = tuple[list[Line], Survey | None]
+PATIENCE = 300.0
+"""Seconds after which a check has failed: what hangs here would hang the training, too."""
 APART = (
     "the ranks do not reach one another: see that the host names lead to the right network (GLOO_SOCKET_IFNAME, "
     "NCCL_SOCKET_IFNAME), that no firewall is between the nodes, and what NCCL_DEBUG=INFO says"
@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shards", nargs="+", default=[], help="folders of tars, besides the recipe's")
     parser.add_argument("--ranks", type=int, help="as if on so many ranks")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds that a check may take (%(default)s)")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -93,41 +94,44 @@ def examine(given: argparse.Namespace) -> tuple[int, str]:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if given.ranks is not None and (given.ranks < 1 or ranks > 1):
         raise UserError(f"--ranks is {given.ranks}, and there are {ranks}; leave it out, or at least 1 in one process")
+    surveyed = recipe_lines(config, given.ranks or ranks) if os.environ.get("RANK", "0") == "0" else None
+    alone = Case(config, None, ranks, 1, _nearest(_folder(given, config)), (), torch.device("cpu"))
+
+    def by_itself(line: Line) -> str:
+        found = {**{name: examined(check, alone) for name, check in CHECKS.items()}, "meeting": [line]}
+        return report.as_text([found], [_seat()], _colours())
+
     lines: list[Line] = []
-    with watched("meeting"), guarded(lines):
+    with watched("meeting", given.patience, by_itself), guarded(lines):
         device = start_ranks()
     if lines:
-        lines = [line._replace(remedy=APART if ranks > 1 else "see the lines above") for line in lines]
-        alone = Case(config, None, ranks, 1, _nearest(_folder(given, config)), (), torch.device("cpu"))
-        found = {**{name: examined(check, alone) for name, check in CHECKS.items()}, "meeting": lines}
-        seat = report.Seat(int(os.environ.get("RANK", "0")), socket.gethostname())
-        return ILL, report.as_text([found], [seat], _colours())
+        return ILL, by_itself(lines[0]._replace(remedy=APART))
     try:
-        return report_of(given, config, device)
+        return _report(given, config, surveyed, device)
     finally:
         stop_ranks()
 
 
-def report_of(given: argparse.Namespace, config: Config | None, device: torch.device) -> tuple[int, str]:
-    """What `examine` tells, by ranks that have started. Collective."""
+def _report(
+    given: argparse.Namespace, config: Config | None, surveyed: Surveyed | None, device: torch.device
+) -> tuple[int, str]:
     count = distributed.world_size()
     ranks = given.ranks or count
     found: dict[str, list[Line]] = {}
-    with watched("recipe"):
-        found["recipe"], known = _recipe(config, ranks)
+    found["recipe"], known = distributed.from_first(surveyed)
     case = Case(
         config if known else None, known.facts if known else None, ranks, _here(ranks),
         _nearest(_folder(given, config)), (*_shards(config), *given.shards), device,
     )  # fmt: skip
     for name, check in CHECKS.items():
-        with watched(name):
+        with watched(name, given.patience):
             found[name] = examined(check, case)
     if count > 1:
         for name, check in COLLECTIVE.items():
-            with watched(name):
+            with watched(name, given.patience):
                 distributed.barrier()
                 found[name] = examined(check, case)
-    everyone = distributed.gathered((found, report.Seat(distributed.rank(), socket.gethostname())))
+    everyone = distributed.gathered((found, _seat()))
     all_found = [one for one, _ in everyone]
     text = report.as_text(all_found, [seat for _, seat in everyone], _colours()) if distributed.rank() == 0 else ""
     return ILL if report.is_red(all_found) else WELL, text
@@ -147,25 +151,22 @@ def _config(given: argparse.Namespace) -> Config | None:
     return load(recipe, given.overrides)
 
 
-def _recipe(config: Config | None, ranks: int) -> tuple[list[Line], Survey | None]:
-    """Whether a recipe could start on so many ranks, found out by the first of them. Collective.
+def recipe_lines(config: Config | None, ranks: int) -> Surveyed:
+    """Whether a recipe could start on so many ranks, and what it costs if so.
 
-    Its shards are another check's, which every rank makes.
+    Its shards are another check's, which every rank makes. Not in a group of ranks: what is counted on tensors without
+    data cannot travel.
     """
     lines: list[Line] = []
-    known = None
     if config is None:
         return [Line(OK, "none is named (--recipe)")], None
-    if distributed.rank() == 0:
-        with guarded(lines):
-            known = survey(replace(config, data=replace(config.data, shards=(), sources={}, dev=())), ranks)
-            lines += [Line(FAIL, lacks) for lacks in known.lacking]
-            micro = config.micro_batch(ranks)
-            lines += (
-                [] if lines else [Line(OK, f"{config.name}: {micro} samples a rank and micro-step on {ranks} ranks")]
-            )
-    told: tuple[list[Line], Survey | None] = distributed.from_first((lines, known))
-    return told
+    known = None
+    with guarded(lines):
+        known = survey(replace(config, data=replace(config.data, shards=(), sources={}, dev=())), ranks)
+        lines += [Line(FAIL, lacks) for lacks in known.lacking]
+        micro = config.micro_batch(ranks)
+        lines += [] if lines else [Line(OK, f"{config.name}: {micro} samples a rank and micro-step on {ranks} ranks")]
+    return lines, known
 
 
 def _here(ranks: int) -> int:
@@ -200,19 +201,24 @@ def _colours() -> bool:
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
+def _seat() -> report.Seat:
+    return report.Seat(int(os.environ.get("RANK", "0")), socket.gethostname())
+
+
 @contextmanager
-def watched(check: str, patience: Mapping[str, float] = PATIENCE) -> Iterator[None]:
+def watched(check: str, patience: float, told: Callable[[Line], str] | None = None) -> Iterator[None]:
     """End this process if what is inside takes too long, and say what it was."""
-    limit = patience.get(check, OTHERS)
 
     def end() -> None:
-        where = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
-        remedy = APART if check in COLLECTIVE or check == "meeting" else "it waits for a disk, or for a GPU"
-        sys.stdout.write(f"FAIL  {check:<14}  has not ended in {limit:.0f} s ({where})\n{'':22}→ {remedy}\n")
+        seat = _seat()
+        said = f"it has not ended in {patience:.0f} s (rank {seat.rank} on {seat.host})"
+        between_ranks = check in COLLECTIVE or check == "meeting"
+        line = Line(FAIL, said, APART if between_ranks else "it waits for another rank, a disk or a GPU")
+        sys.stdout.write(told(line) if told else report.as_text([{check: [line]}], [seat], _colours()))
         sys.stdout.flush()
         os._exit(ILL)
 
-    timer = threading.Timer(limit, end)
+    timer = threading.Timer(patience, end)
     timer.daemon = True
     timer.start()
     try:

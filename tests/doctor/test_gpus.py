@@ -1,6 +1,9 @@
 import pytest
 
-from dist_fusion.doctor.gpus import has_kernels, remedy
+from dist_fusion.config import load
+from dist_fusion.doctor.gpus import has_kernels, precision, remedy
+from dist_fusion.doctor.lines import FAIL
+from tests.doctor.cases import case, grades
 
 WHEEL_OF_2_10 = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 WHEEL_OF_2_11 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
@@ -37,3 +40,8 @@ def test_code_runs_on_its_own_major_number_and_ptx_on_later_ones(built, capabili
 
 def test_gpus_before_v100_are_told_to_be_too_old_and_newer_ones_to_need_a_newer_torch():
     assert "not supported" in remedy((6, 1)) and "newer torch, built for sm_130" in remedy((13, 0))
+
+
+def test_a_recipe_in_fp16_is_red_where_there_is_no_gpu(small_recipe, tmp_path):
+    lines = precision(case(tmp_path, load(small_recipe, ["deepspeed=zero1-fp16"])))
+    assert grades(lines) == [FAIL] and "needs a GPU" in lines[0].said and "python -m launcher doctor" in lines[0].remedy
