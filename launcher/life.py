@@ -1,0 +1,143 @@
+"""One life of one rank: from its start on a node to the moment when the job may be started again."""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import TextIOBase
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from dist_fusion.schema import UserError
+from launcher import caches, failure, records, slurm
+from launcher.meeting import LIMIT, meet
+from launcher.place import Place, of_task
+
+DONE, FAILED, MISTAKE, CONTINUE = 0, 1, 2, 75
+"""Exit codes, as train.main returns them: what is here must not wait until that is loaded."""
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+RETURNING = 120.0
+"""Seconds that rank 0 gives the others to return, once all have saved."""
+
+
+def work(recipe: str, overrides: Sequence[str], requeue: bool) -> int:
+    """The task that srun starts on every rank; returns its exit code.
+
+    When all ranks have saved and returned, rank 0 starts the job again, unless it must not: then its code is 75. The
+    others end with 0 before, since srun ends a step with the first task that does not. Raises UserError if this is no
+    such task.
+    """
+    place = of_task()
+    if place is None:
+        raise UserError("worker is a task of srun, see slurm/pretrain.sh; without SLURM it is dist-fusion train")
+
+    def warned_early(number: int, frame: FrameType | None) -> None:
+        os._exit(start_again(None, requeue))
+
+    # Until the training listens there is nothing to save, and so nobody to wait for.
+    for number in WARNINGS:
+        signal.signal(number, signal.SIG_IGN if place.rank else warned_early)
+    try:
+        code, run = live(recipe, overrides, place)
+    except UserError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        return FAILED
+    if code != CONTINUE:
+        return code
+    return DONE if place.rank else start_again(run, requeue)
+
+
+def live(recipe: str, overrides: Sequence[str], place: Place) -> tuple[int, Path]:
+    """Train as one of the ranks; returns `train.main`'s exit code and the run's folder.
+
+    With code 75 every rank has returned by then, as far as rank 0 is concerned: all is on disk, and the job may be
+    ended and started again. A failure is written down, and raised.
+    """
+    from dist_fusion import train
+    from dist_fusion.config import load
+
+    config = load(recipe, overrides)
+    run = Path(config.runs) / config.name
+    os.environ.update(caches.folders())
+    with caches.hold_builds(Path(os.environ["TORCH_EXTENSIONS_DIR"])):
+        meeting = meet(place)
+        os.environ.update(place.variables(meeting.port))
+        if place.rank == 0:
+            failure.forget(run)
+            records.note_this_job(run)
+        meeting.tell("here")
+        if not meeting.all_told("here", LIMIT):
+            raise TimeoutError(f"not all of the {place.ranks} ranks of job {place.life} came in {LIMIT:.0f} s")
+        said = Heard(sys.stderr)
+        try:
+            with redirect_stderr(said):
+                code = train.main([recipe, *overrides])
+        except Exception as error:
+            if place.ranks > 1 and failure.of_others(error):
+                failure.outlast(run, place, str(error))
+            failure.write(run, place, traceback.format_exc())
+            raise
+        if code == MISTAKE and place.local_rank == 0:
+            failure.write(run, place, said.last)
+        meeting.tell("returned")
+        if code == MISTAKE or (code == CONTINUE and place.rank == 0):
+            meeting.all_told("returned", RETURNING)
+        return code, run
+
+
+class Heard(TextIOBase):
+    """A stream that passes on what is said and keeps the last of it."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self.last = stream, ""
+
+    def write(self, text: str) -> int:
+        """Pass `text` on."""
+        self.last = text.strip() or self.last
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        """Flush what is behind."""
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        """Of what is behind: a crash is written there."""
+        return self._stream.fileno()
+
+
+def start_again(run: Path | None, requeue: bool) -> int:
+    """Put the job back into the queue, by which it ends here; returns 75, "start me again", if that cannot be."""
+    why = "told not to (--no-requeue)" if not requeue else once_more(run)
+    if not why:
+        try:
+            say("all is saved; back into the queue")
+            slurm.requeue(slurm.this_job())
+            time.sleep(60)  # SLURM ends this task at any moment
+        except slurm.SlurmError as error:
+            why = str(error)
+    if why:
+        say(f"all is saved; the job does not start itself again: {why}")
+    return CONTINUE
+
+
+def once_more(run: Path | None) -> str:
+    """Why a job that was told to stop should not go on by itself; nothing if it should."""
+    if run and (run / "STOP").exists():
+        return f"{run / 'STOP'} stopped it"
+    job = slurm.this_job()
+    try:
+        return slurm.may_requeue(slurm.job(job)) if job else ""
+    except slurm.SlurmError as error:
+        return str(error)
+
+
+def say(text: str) -> None:
+    """One line in the job's log, there at once."""
+    sys.stdout.write(f"launcher: {text}\n")
+    sys.stdout.flush()

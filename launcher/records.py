@@ -1,0 +1,92 @@
+"""Which jobs a run has had: a line each in its folder, beside what they log."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from launcher import failure, slurm
+
+OVER = ("new", "finished", "failed", "ended")
+"""States of a run without a job; those of a job that waits or runs are SLURM's."""
+
+
+class Job(NamedTuple):
+    """A job of a run."""
+
+    job: str  # its number at SLURM (`<array>_<task>` in an array), or of the process that holds it
+    cluster: str  # slurm, local, debug
+    log: str  # of rank 0
+    time: str  # when it was submitted, or first seen
+
+
+def note(run: Path, job: str, cluster: str, log: str) -> None:
+    """Write down a job of `run`."""
+    entry = Job(job, cluster, log, datetime.now(UTC).isoformat(timespec="seconds"))
+    path = _file_of(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(f"{json.dumps(entry._asdict())}\n")
+
+
+def note_this_job(run: Path, environment: Mapping[str, str] = os.environ) -> None:
+    """Write down the job of SLURM that this task belongs to, if nobody has: it was submitted by hand."""
+    number = slurm.this_job(environment)
+    if not number or number in [job.job for job in jobs_of(run)]:
+        return
+    try:
+        log = slurm.job(number)["StdOut"]
+    except slurm.SlurmError:  # a container often has none of SLURM's commands; the training needs none
+        log = ""
+    note(run, number, "slurm", log)
+
+
+def jobs_of(run: Path) -> list[Job]:
+    """The jobs of a run, oldest first."""
+    path = _file_of(run)
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [Job(**json.loads(line)) for line in lines]
+
+
+def runs_in(runs: Path) -> Iterator[Path]:
+    """The runs in a folder that have had a job."""
+    for path in sorted(runs.rglob("jobs.jsonl")):
+        yield path.parents[1]
+
+
+def queue_of(runs: Iterable[Path]) -> dict[str, slurm.Queued]:
+    """What SLURM still has of these runs' jobs, by id; it is not asked where none of them is one of its own."""
+    ours = [job.job for run in runs for job in jobs_of(run) if job.cluster == "slurm"]
+    queued = slurm.queue() if ours else {}
+    return {job: queued[job] for job in ours if job in queued}
+
+
+def state(run: Path, job: Job, queued: Mapping[str, slurm.Queued]) -> slurm.Queued:
+    """How a job stands: as SLURM says while it waits or runs, then by what it left in the folder of its run."""
+    if job.job in queued:
+        return queued[job.job]
+    if job.cluster == "local" and _alive(job.job):
+        return slurm.Queued("RUNNING", "", "this host")
+    reason = failure.read(run).splitlines()
+    if (run / "model.safetensors").exists():
+        return slurm.Queued("finished", "", "")
+    return slurm.Queued("failed", "", reason[-1]) if reason else slurm.Queued("ended", "", "saved, to be continued")
+
+
+def lives(run: Path, queued: Mapping[str, slurm.Queued]) -> list[Job]:
+    """The jobs of a run that wait or run."""
+    return [job for job in jobs_of(run) if job.job in queued or state(run, job, {}).state == "RUNNING"]
+
+
+def _file_of(run: Path) -> Path:
+    return run / "logs" / "jobs.jsonl"
+
+
+def _alive(process: str) -> bool:
+    """Whether a process is one of submitit's that holds a local job."""
+    try:
+        return b"submitit" in Path("/proc", process, "cmdline").read_bytes()
+    except OSError:
+        return False

@@ -1,0 +1,66 @@
+"""The jobs of runs, from their folders."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dist_fusion.schema import UserError
+from launcher import failure, logs, records
+from launcher.place import Place
+from launcher.slurm import Queued
+
+
+def test_a_job_stands_as_slurm_says_and_then_by_what_it_left(tmp_path):
+    records.note(tmp_path, "7", "slurm", "log")
+    (job,) = records.jobs_of(tmp_path)
+    running = {"7": Queued("RUNNING", "1:00", "node1")}
+    assert records.state(tmp_path, job, running).state == "RUNNING"
+    assert records.lives(tmp_path, running) == [job]
+    assert records.lives(tmp_path, {}) == []
+    assert records.state(tmp_path, job, {}).state == "ended"
+    failure.write(tmp_path, Place(0, 1, 0, 1, "node1", "7.0.0"), "Traceback\nValueError: why")
+    assert records.state(tmp_path, job, {})[::2] == ("failed", "ValueError: why")
+    (tmp_path / "model.safetensors").touch()
+    assert records.state(tmp_path, job, {}).state == "finished"
+
+
+def test_a_job_submitted_by_hand_is_noted_once_also_where_slurm_has_no_commands(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    of_array = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "1"}
+    for environment in ({}, {"SLURM_JOB_ID": "7"}, of_array, of_array):
+        records.note_this_job(tmp_path, environment)
+    assert [job.job for job in records.jobs_of(tmp_path)] == ["7", "8_1"]
+
+
+def test_a_local_job_lives_as_long_as_its_process(tmp_path):
+    command = [sys.executable, "-c", "import sys; print('up', flush=True); sys.stdin.read()", "submitit"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"up\n"
+    records.note(tmp_path, str(process.pid), "local", "log")
+    records.note(tmp_path, str(os.getpid()), "local", "log")  # the number is another process's by now
+    assert [job.job for job in records.lives(tmp_path, {})] == [str(process.pid)]
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, but not yet buried
+    assert records.lives(tmp_path, {}) == []
+    process.wait()
+
+
+def test_runs_are_found_also_in_folders_of_folders(tmp_path):
+    for name in ("one", "two/three"):
+        records.note(tmp_path / name, "7", "local", "log")
+    assert [run.relative_to(tmp_path).as_posix() for run in records.runs_in(tmp_path)] == ["one", "two/three"]
+
+
+def test_a_log_is_shown_from_its_end_with_the_reason_of_a_failure(tmp_path):
+    with pytest.raises(UserError, match="has had no job"):
+        logs.show(tmp_path, False, print)
+    log, said = tmp_path / "log", []
+    log.write_text("".join(f"line {n}\n" for n in range(100)))
+    records.note(tmp_path, "1", "local", str(log))
+    failure.write(tmp_path, Place(0, 1, 0, 1, "node1", "7.0.0"), "the disk is full")
+    logs.show(tmp_path, True, said.append)
+    shown = "".join(said)
+    assert "line 60\n" in shown and "line 59\n" not in shown and "line 99\n" in shown
+    assert "the disk is full" in shown
