@@ -4,9 +4,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_fusion import train
-from dist_fusion.checkpoint import differences
+from dist_fusion.checkpoint.folder import differences
 from dist_fusion.config import Config, load
+from dist_fusion.describe import describe
 from dist_fusion.schema import UserError
 
 
@@ -18,7 +18,7 @@ def check(recipe: str, overrides: Sequence[str], ranks: int) -> Config:
             that can be written and was made by this recipe, a batch that the ranks can share.
     """
     config = load(recipe, overrides)
-    _, lacking = train.describe(config, ranks)
+    _, lacking = describe(config, ranks)
     lacking += unusable(config)
     if lacking:
         raise UserError("it cannot start:\n  " + "\n  ".join(lacking))

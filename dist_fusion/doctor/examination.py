@@ -214,8 +214,8 @@ def watched(check: str, patience: float, told: Callable[[Line], str] | None = No
         said = f"it has not ended in {patience:.0f} s (rank {seat.rank} on {seat.host})"
         between_ranks = check in COLLECTIVE or check == "meeting"
         line = Line(FAIL, said, APART if between_ranks else "it waits for another rank, a disk or a GPU")
-        sys.stdout.write(told(line) if told else report.as_text([{check: [line]}], [seat], _colours()))
-        sys.stdout.flush()
+        text = told(line) if told else report.as_text([{check: [line]}], [seat], _colours())
+        os.write(1, text.encode())  # whoever collects the output gets no more of it
         os._exit(ILL)
 
     timer = threading.Timer(patience, end)
