@@ -85,7 +85,7 @@ def disk(case: Case) -> list[Line]:
     kept = case.config.keep_checkpoints + 1 + bool(case.config.keep_best)
     one = saved_size(case.facts)
     more = " and one of every so many epochs" if case.config.keep_epochs else ""
-    said += f" (a quota is not seen); {kept} checkpoints{more} take {gigabytes(kept * one):.2f}"
+    said += f" (a quota is not seen); {kept} checkpoints{more} take {gigabytes(kept * one):.2g} GB"
     if free < 2 * one:
         return [Line(FAIL, said, "make room, choose another folder with runs=, or a smaller keep_checkpoints", figures)]
     if free < kept * one:

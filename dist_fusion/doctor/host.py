@@ -43,7 +43,7 @@ def host_memory(case: Case) -> list[Line]:
     needed = case.here * (copied + case.facts.memory.on_host)
     if case.device.type != "cuda":
         needed += case.here * case.facts.memory.on_device
-    said = f"{{}} GB are free; {case.here} ranks take {gigabytes(needed):.1f} and some for loader workers"
+    said = f"{{}} GB are free; {case.here} ranks take {gigabytes(needed):.2g} and some for loader workers"
     figures = (round(gigabytes(available)),)
     if needed > available:
         remedy = "save_async=false, no offload, fewer ranks on a host, or ask SLURM for all of it (--mem=0)"
