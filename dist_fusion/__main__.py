@@ -1,4 +1,7 @@
-"""`dist-fusion …` and `python -m dist_fusion …`: `status` answers at once, all other commands load torch first."""
+"""`dist-fusion …` and `python -m dist_fusion …`: `status` answers at once, all other commands load torch first.
+
+`doctor` speaks even where that fails.
+"""
 
 import sys
 
@@ -9,6 +12,10 @@ def main() -> int:
         from dist_fusion import status
 
         return status.main(sys.argv[2:])
+    if sys.argv[1:2] == ["doctor"]:
+        from dist_fusion import doctor
+
+        return doctor.main(sys.argv[2:])
     from dist_fusion import cli
 
     return cli.main()

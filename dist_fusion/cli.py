@@ -23,6 +23,7 @@ from dist_fusion.data.stream import Plan, Stream
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.demo.run import SIZES, demo
 from dist_fusion.demo.stages import Interrupted
+from dist_fusion.doctor import examination as doctor
 from dist_fusion.evaluate import evaluate
 from dist_fusion.export import export
 from dist_fusion.inspect import counts
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--task", nargs="+", default=[], help="of the run's tasks; all if not given")
 
     status.add_arguments(commands.add_parser("status", help="how a run is doing, or all runs of a folder"))
+    doctor.add_arguments(commands.add_parser("doctor", help="whether this machine, or all nodes of a job, can train"))
     one = commands.add_parser("export", help="make a model, in fp32, of a run's checkpoint")
     one.add_argument("run", type=Path, help="its folder")
     one.add_argument("--step", type=int, help="of which checkpoint (the newest whole one)")
@@ -151,6 +153,12 @@ def _status(given: argparse.Namespace) -> int:
     return train.DONE
 
 
+def _doctor(given: argparse.Namespace) -> int:
+    code, text = doctor.examine(given)
+    sys.stdout.write(text)
+    return code
+
+
 def _recipe_of(run: Path) -> Config:
     recipe = run / "config.yaml"
     if not recipe.is_file():
@@ -208,6 +216,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "status": _status,
+    "doctor": _doctor,
     "export": _export,
     "prepare": _prepare,
     "index": _index,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -13,7 +14,7 @@ from dist_fusion.data.shards import find_shards
 from dist_fusion.data.text import Tokenizer
 from dist_fusion.engine.optimizer import check_multipliers
 from dist_fusion.engine.sharding import ds_config
-from dist_fusion.facts import measure, table
+from dist_fusion.facts import Facts, measure, table
 from dist_fusion.models.initial import initialise_from
 from dist_fusion.models.teachers import Teacher
 from dist_fusion.models.weights import ModelCard, build_model
@@ -21,8 +22,16 @@ from dist_fusion.parts import build_teachers, model_card
 from dist_fusion.schema import UserError
 
 
-def describe(config: Config, ranks: int) -> tuple[str, list[str]]:
-    """What a run on so many ranks would be and cost, and what it still lacks: files that cannot be opened.
+class Survey(NamedTuple):
+    """What is known of a recipe before it runs."""
+
+    facts: Facts
+    shards: list[str]
+    lacking: list[str]  # files that cannot be opened, each with what is wrong
+
+
+def survey(config: Config, ranks: int) -> Survey:
+    """What a run on so many ranks would cost, and what it still lacks.
 
     Raises UserError for what is wrong with the recipe itself.
     """
@@ -43,7 +52,15 @@ def describe(config: Config, ranks: int) -> tuple[str, list[str]]:
     for folders in (config.data.shards, of_sources, config.data.dev):
         with _noting(lacking):
             shards += find_shards([name for name in folders if not is_remote(name)])
-    facts = measure(config, card, ranks, teachers)
+    return Survey(measure(config, card, ranks, teachers), shards, lacking)
+
+
+def describe(config: Config, ranks: int) -> tuple[str, list[str]]:
+    """What a run on so many ranks would be and cost, and what it still lacks: files that cannot be opened.
+
+    Raises UserError for what is wrong with the recipe itself.
+    """
+    facts, shards, lacking = survey(config, ranks)
     return (
         f"{dump(config)}\nDeepSpeed, {ranks} ranks:\n{json.dumps(ds_config(config, ranks), indent=2)}\n\n"
         f"{table(facts)}\n\n{len(shards)} shards; {config.steps} steps of {config.global_batch} samples, "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def rank() -> int:
@@ -74,9 +75,10 @@ def gather_rows(x: Tensor) -> Tensor:
     """Every rank's rows of `x` [R, ...] in the order of ranks, with gradient; R may differ. Collective.
 
     The gradient of a row is summed over all ranks that used it. Ranks exchange counts, then padded rows: an
-    all-gather of unequal shapes aborts. The counts travel between the hosts, the rows wherever they are.
+    all-gather of unequal shapes aborts. The counts travel between the hosts, the rows wherever they are. Rows without
+    data, of which operations are only counted, are nobody else's.
     """
-    if world_size() == 1:
+    if world_size() == 1 or isinstance(x, FakeTensor):
         return x
     mine = torch.zeros(world_size(), dtype=torch.int64)
     mine[rank()] = len(x)

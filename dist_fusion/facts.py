@@ -131,6 +131,17 @@ def static_memory(sharding: Sharding, parameters: int, ranks: int) -> Memory:
     )
 
 
+def saved_size(facts: Facts) -> float:
+    """Bytes of a checkpoint: the weights as they are, and in fp32 what the optimizer keeps of each."""
+    return sum(part.parameters for part in facts.student.values()) * (facts.sharding.dtype.itemsize + 12.0)
+
+
+def saved_share(facts: Facts, ranks: int) -> float:
+    """Bytes of it that rank 0 writes, which has the most: the weights, and its share of what the optimizer keeps."""
+    parameters = sum(part.parameters for part in facts.student.values())
+    return parameters * (facts.sharding.dtype.itemsize + 12.0 / (ranks if facts.sharding.stage else 1))
+
+
 def longest_batch(config: Config, card: ModelCard, count: int) -> Batch:
     """What the tasks lay out of `count` samples with the longest texts, one pixel an image."""
     vocabulary = Vocabulary(len(card.vocabulary), 0, 0, 0, 0)

@@ -48,7 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("run", type=Path, help="its folder")
     one.add_argument("--now", action="store_true", help="end it at once; what is not saved is lost")
 
+    one = commands.add_parser("doctor", help="whether the nodes of a job can train: dist-fusion doctor on all of them")
+    _cluster(one, required=False)
+    one.add_argument(
+        "--logs", type=Path, default=Path("runs/doctor"), metavar="FOLDER", help="of the job (%(default)s)"
+    )
+    one.set_defaults(words=[])
+    one.epilog = (
+        "All other words are the doctor's own: see dist-fusion doctor --help. Without --cluster: here, or in srun."
+    )
+
     given, more = parser.parse_known_args(arguments)
+    if "words" in given:
+        given.words, more = more, []
     if more and ("overrides" not in given or any(word.startswith("-") for word in more)):
         parser.error(f"what is {' '.join(more)}? See python -m launcher {given.command} --help")
     if more:
@@ -72,8 +84,8 @@ def _recipe(one: argparse.ArgumentParser) -> None:
     one.add_argument("overrides", nargs="*", metavar="key=value")
 
 
-def _cluster(one: argparse.ArgumentParser) -> None:
-    one.add_argument("--cluster", required=True, help="a profile: a path, or one of those in slurm/ by its name")
+def _cluster(one: argparse.ArgumentParser, required: bool = True) -> None:
+    one.add_argument("--cluster", required=required, help="a profile: a path, or one of those in slurm/ by its name")
     one.add_argument(
         "--with", action="append", default=[], dest="changes", metavar="key=value", help="another value in the profile"
     )
@@ -151,6 +163,15 @@ def _cancel(given: argparse.Namespace) -> int:
     return DONE
 
 
+def _doctor(given: argparse.Namespace) -> int:
+    from launcher import doctor
+    from launcher.profile import load_profile
+
+    if given.cluster is None:
+        return doctor.here(given.words)
+    return doctor.on_nodes(given.words, load_profile(given.cluster, given.changes), given.logs, _say)
+
+
 def _say(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -164,6 +185,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "jobs": _jobs,
     "logs": _logs,
     "cancel": _cancel,
+    "doctor": _doctor,
 }
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 # Pre-train on a SLURM cluster, one task a GPU:
 #
 #   sbatch slurm/pretrain.sh [RECIPE] [key=value …]              a shipped recipe's name, or a path (pretrain)
-#   sbatch --nodes=4 --partition=gpu slurm/pretrain.sh …         sbatch's options win over the lines below
+#   sbatch --nodes=4 --partition=gpu slurm/pretrain.sh …         sbatch's options win over the lines below; the batch must
+#                                                                divide by the ranks: pretrain global_batch=512
 #
 # Before its time is up, or when it is preempted, the job saves on all ranks and goes back into the queue under its own
 # number; it goes on where it stopped. `touch runs/<name>/STOP` lets it save and end. Where jobs may not be requeued, let
@@ -16,7 +17,7 @@
 ##SBATCH --constraint=v100-32g
 
 #SBATCH --job-name=pretrain
-#SBATCH --nodes=2
+#SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=5
@@ -38,7 +39,7 @@ recipe=${1:-pretrain}
 shift $(($# > 0))
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python)}
 
-# Nothing is started on sixteen GPUs that one process can refuse.
+# Nothing is started on eight GPUs that one process can refuse.
 ((${SLURM_RESTART_COUNT:-0})) || "$python" -m launcher check "$recipe" "$@" --ranks "$SLURM_NTASKS"
 
 exec srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \

@@ -18,12 +18,15 @@ from dist_fusion import distributed
 from dist_fusion.config import load
 from dist_fusion.data.stream import Loaded
 from dist_fusion.distill import DistillConfig, objective, row_weights
+from dist_fusion.doctor import between
+from dist_fusion.doctor.lines import Case
 from dist_fusion.engine.elastic import load_elastic, load_recut
 from dist_fusion.engine.optimizer import build_engine, learning_rates
 from dist_fusion.engine.sharding import ds_config
 from dist_fusion.engine.state import SavedState
 from dist_fusion.engine.steps import Steps
 from dist_fusion.evaluate import evaluate
+from dist_fusion.facts import flops
 from dist_fusion.health import Health, Unhealthy
 from dist_fusion.models.execution import set_execution
 from dist_fusion.models.heads import ContrastHead, Features
@@ -333,7 +336,25 @@ def refusal(recipe: str, overrides: list[str], load_from: str) -> str:
     return ""
 
 
+def apart(folders: list[str], patience: float) -> list[list[str]]:
+    """What the doctor says where a folder of one name is another on each rank."""
+    before = os.getcwd()
+    os.chdir(folders[distributed.rank()])
+    try:
+        case = Case(None, None, 2, 2, Path("/proc/self/cwd"), (), CPU)
+        return [[line.grade, line.said] for line in between.shared_folder(case, patience)]
+    finally:
+        os.chdir(before)
+
+
+def operations(size: int) -> float:
+    """Of training on a micro-batch, counted by one rank beside the others."""
+    batch = tiny.batch(tiny.PRETRAINING, tiny.samples(size))
+    return flops(tiny.card(tiny.model_config(), tiny.PRETRAINING), (), batch)
+
+
 CHECKS = {
     "losses": losses, "contrast": contrast, "scores": scores, "stop_flag": stop_flag, "run": run, "parsed": parsed,
-    "rates": rates, "held": held, "unhealthy": unhealthy, "life": life, "refusal": refusal, "interval": interval,
+    "rates": rates, "held": held, "unhealthy": unhealthy, "life": life, "operations": operations, "refusal": refusal,
+    "interval": interval, "apart": apart,
 }  # fmt: skip

@@ -177,3 +177,9 @@ def test_the_operations_of_a_micro_batch_are_those_of_three_forwards_and_the_tea
     told = flops(tiny.card(tiny.model_config(), tiny.PRETRAINING), taught, laid)
     assert told == 3 * own.get_total_flops() + theirs.get_total_flops() > 0
     assert torch.equal(torch.get_rng_state(), before), "counting must not change a run"
+
+
+def test_operations_are_counted_beside_other_ranks_as_alone(two_ranks):
+    """With ITC, which asks all ranks for their rows when it computes."""
+    alone = flops(tiny.card(tiny.model_config(), tiny.PRETRAINING), (), tiny.batch(tiny.PRETRAINING, tiny.samples(4)))
+    assert two_ranks.run("operations", size=4) == [alone, alone]

