@@ -85,7 +85,7 @@ def rows(device: torch.device, quick: bool) -> Iterator[Save | Timed]:
         run = Path(folder)
         at_once = _saves(trained, run, beside=False)
         beside = _saves(trained, run, beside=True)
-        newest = folder_at(run, ROUNDS)
+        newest = folder_at(run, 2 * (ROUNDS + 1))
         sizes = {
             "parameters": sum(parameter.numel() for parameter in trained.engine.module.parameters()),
             "bytes": sum(path.stat().st_size for path in newest.iterdir()),
@@ -129,8 +129,8 @@ def _saves(trained: Trained, run: Path, *, beside: bool) -> list[tuple[float, fl
     """
     saver = Saver(trained.engine, run, replace(trained.config, save_async=beside), {}, num_samples=10**6)
     usual = min(_seconds(lambda: trained.step(saver.hold)) for _ in range(ROUNDS))
-    found = []
-    for number in range(ROUNDS + 1):
+    found, first = [], 1 + (ROUNDS + 1) * beside
+    for number in range(first, first + ROUNDS + 1):
         begun = time.perf_counter()
         stall = _seconds(lambda: saver.begin(Position(step=number)))  # noqa: B023  called at once
         waited, steps = [0.0], 0
@@ -141,6 +141,7 @@ def _saves(trained: Trained, run: Path, *, beside: bool) -> list[tuple[float, fl
         longer = time.perf_counter() - since - steps * usual - sum(waited)
         stall += sum(waited) + _seconds(saver.finish)
         found.append((time.perf_counter() - begun, stall, max(longer, 0.0)))
+        trained.step(saver.hold)  # beside which the one that is not kept any more is deleted, as in a run
     saver.close()
     return found[1:]
 
