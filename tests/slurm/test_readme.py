@@ -1,0 +1,36 @@
+"""The commands that the README has for people on a cluster, with a small recipe and this cluster's nodes in their places."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import ON_TWO_NODES, ROOT, losses
+from tests.slurm.test_submit import PROFILE
+
+pytestmark = pytest.mark.slurm
+README = (ROOT / "README.md").read_text()
+BLOCK = re.search(r"## Train on a SLURM cluster\n\n```bash\n(.*?)```(.*?)\n## ", README, re.DOTALL)
+ELSEWHERE = ("make ", "ssh ", "scancel ")
+"""What other tests do, or needs a desk."""
+
+
+def test_the_commands_of_the_readme_run_on_a_cluster(cluster, recipe, runs, tmp_path):
+    profile = tmp_path / "private.yaml"
+    profile.write_text(PROFILE)
+    commands = [line.partition(" #")[0].split("#")[0].strip() for line in BLOCK[1].splitlines()]
+    submit = re.search(r"`(python -m launcher submit .*?)`", BLOCK[2], re.DOTALL)[1]
+    ran = []
+    for command in [*commands, submit]:
+        if command.startswith(ELSEWHERE):
+            continue
+        here = command.replace("slurm/v100.yaml", str(profile)).replace("python -m", f"{sys.executable} -m")
+        here = here.replace("sbatch slurm/", f"sbatch --wait {' '.join(ON_TWO_NODES)} {ROOT}/slurm/")
+        here = re.sub(r"\bpretrain( name=first)?(?= |$)", f"{recipe} name=first steps=6", here, count=1)
+        path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
+        ran.append(cluster.call("bash", "-c", f"PATH={path} && {here.removesuffix('# ')}", cwd=recipe.parent))
+    assert len(ran) == 9
+    assert len(losses(runs / "first")) == 6
+    assert any("step 6/6" in said for said in ran), "logs -f shows the run"
+    assert any("finished" in said for said in ran), "status tells how it is doing"
