@@ -1,4 +1,4 @@
-"""The commands that the README has for people on a cluster, with a small recipe and this cluster's nodes in their places."""
+"""The README's commands for people on a cluster, with a small recipe and this cluster's nodes in their places."""
 
 import re
 import sys
@@ -22,15 +22,16 @@ def test_the_commands_of_the_readme_run_on_a_cluster(cluster, recipe, runs, tmp_
     commands = [line.partition(" #")[0].split("#")[0].strip() for line in BLOCK[1].splitlines()]
     submit = re.search(r"`(python -m launcher submit .*?)`", BLOCK[2], re.DOTALL)[1]
     ran = []
-    for command in [*commands, submit]:
+    follow = "python -m launcher logs runs/second -f"
+    for command in [*commands, submit.replace("pretrain", "pretrain name=second"), follow]:
         if command.startswith(ELSEWHERE):
             continue
         here = command.replace("slurm/v100.yaml", str(profile)).replace("python -m", f"{sys.executable} -m")
         here = here.replace("sbatch slurm/", f"sbatch --wait {' '.join(ON_TWO_NODES)} {ROOT}/slurm/")
-        here = re.sub(r"\bpretrain( name=first)?(?= |$)", f"{recipe} name=first steps=6", here, count=1)
+        here = re.sub(r"(?<= )pretrain (name=\w+)", rf"{recipe} \1 steps=6", here)
         path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
-        ran.append(cluster.call("bash", "-c", f"PATH={path} && {here.removesuffix('# ')}", cwd=recipe.parent))
+        ran.append(cluster.call("bash", "-c", f"PATH={path} && {here}", cwd=recipe.parent))
     assert len(ran) == 9
-    assert len(losses(runs / "first")) == 6
-    assert any("step 6/6" in said for said in ran), "logs -f shows the run"
+    assert len(losses(runs / "first")) == len(losses(runs / "second")) == 6
+    assert sum("step 6/6" in said for said in ran) == 2, "logs -f shows a run"
     assert any("finished" in said for said in ran), "status tells how it is doing"
