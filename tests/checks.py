@@ -185,12 +185,12 @@ def unhealthy(recipe: str, overrides: list[str], folder: str, spoiled: dict[str,
         loss = objective(DistillConfig(targets="none", soft=0.0), tiny.PRETRAINING, batch, engine(batch), (), rows)
         if mine and step in spoiled.get("loss", ()):
             loss = loss._replace(total=1000 * loss.total)
-        before = engine.optimizer.optimizer.state_dict()["state"]
-        before = {number: state["exp_avg"].clone() for number, state in before.items()}
+        before = {id(flat): state["exp_avg"].clone() for flat, state in engine.optimizer.optimizer.state.items()}
         engine.backward(health.watched(loss, last=True) * distributed.world_size())
         engine.step()
-        after = engine.optimizer.optimizer.state_dict()["state"]
-        changed.append(any(not torch.equal(before[number], after[number]["exp_avg"]) for number in before))
+        after = engine.optimizer.optimizer.state
+        moments = [(before.get(id(flat)), state["exp_avg"]) for flat, state in after.items()]
+        changed.append(any(then is None or not torch.equal(then, now) for then, now in moments))
         made.append(health.look(step))
         hopeless.append(health.hopeless)
     told = [event.details["what"] for event in read_events(run) if event.kind == "skipped"]

@@ -312,7 +312,8 @@ def test_a_run_that_goes_back_from_a_passing_fault_ends_as_if_there_had_been_non
     assert digest(trial.run) == undisturbed(())
 
 
-@pytest.mark.parametrize("how", ["asleep", pytest.param("frozen", marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("how", ["asleep", "frozen"])
 def test_a_standstill_ends_with_the_stack_of_every_rank(forge, recipe, undisturbed, told, tmp_path, how):
     trial = Trial(forge, recipe, tmp_path, ())
     ended = trial.live(Point("dist_fusion.monitor.interval:Interval.fetch", 9, how, 1), "health.hang_minutes=0.15")
@@ -324,7 +325,7 @@ def test_a_standstill_ends_with_the_stack_of_every_rank(forge, recipe, undisturb
     finished(trial, f"a rank stands still ({how})", found(trial.run), last_step(trial.run), undisturbed, told)
 
 
-@pytest.mark.launch
+@pytest.mark.faults
 def test_a_run_outlives_the_death_of_its_launcher(forge, recipe, undisturbed, told, tmp_path):
     """DeepSpeed's launcher, killed, leaves its ranks alone: they go on, and nobody else may take the run meanwhile."""
     trial = Trial(forge, recipe, tmp_path, ())
