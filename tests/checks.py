@@ -193,6 +193,7 @@ def unhealthy(recipe: str, overrides: list[str], folder: str, spoiled: dict[str,
         changed.append(any(then is None or not torch.equal(then, now) for then, now in moments))
         made.append(health.look(step))
         hopeless.append(health.hopeless)
+    distributed.barrier()  # rank 0 writes
     told = [event.details["what"] for event in read_events(run) if event.kind == "skipped"]
     finite = all(bool(parameter.isfinite().all()) for parameter in engine.module.parameters())
     return {"made": made, "changed": changed, "hopeless": hopeless, "told": told, "finite": finite}
