@@ -1,17 +1,10 @@
-"""`dist-fusion …` and `python -m dist_fusion …`: `status` answers at once, all other commands load torch first.
-
-`doctor` speaks even where that fails.
-"""
+"""`dist-fusion …` and `python -m dist_fusion …`; `doctor` speaks even where nothing else can be loaded."""
 
 import sys
 
 
 def main() -> int:
     """Run one command; returns the exit code."""
-    if sys.argv[1:2] == ["status"]:
-        from dist_fusion import status
-
-        return status.main(sys.argv[2:])
     if sys.argv[1:2] == ["doctor"]:
         from dist_fusion import doctor
 

@@ -196,6 +196,13 @@ def find_recipe(recipe: str | Path) -> Path:
     )
 
 
+def recipe_of(run: Path) -> Config:
+    """The recipe of a run, from its folder. Raises UserError if it is no run."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run: it has no config.yaml")
+    return load(run / "config.yaml")
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:

@@ -44,7 +44,7 @@ class Health:
 
     def __init__(self, config: HealthConfig, steps: Steps, run: Path):
         self._config, self._steps, self._run = config, steps, run
-        self._streak = 0
+        self._streak = 0  # steps dropped in a row that no lower loss scale could have saved
         self._terms: dict[str, Tensor] = {}
         self._spiked = ""
         self.recent: deque[float] = deque(
@@ -87,7 +87,7 @@ class Health:
         if self._steps.applied:
             self._streak = 0
             return True
-        self._streak += 1
+        self._streak += not self._steps.scale_at_fault
         self.dropped += 1
         what = spiked or self._not_finite(terms)
         if distributed.rank() == 0:
@@ -108,10 +108,9 @@ class Health:
     def hopeless(self) -> bool:
         """Whether so many steps in a row were dropped that more of the same is no use.
 
-        A loss scale that is still coming down is of use, however long that takes; one at its floor is of none.
+        A loss scale that is still coming down is of use, however long that takes, so those steps do not count.
         """
-        room = self._steps.room_below
-        return self._streak >= self._config.streak if room is None else self._streak > 0 and room <= 1
+        return self._streak >= self._config.streak
 
     def require_way_back(self, step: int) -> None:
         """Write down that the run goes back to its newest checkpoint. Collective.
@@ -127,8 +126,8 @@ class Health:
         whole = list_whole(self._run)
         before = {event.details.get("to") for event in read_events(self._run) if event.kind == "rolled back"}
         why = f"{self._streak} steps in a row up to step {step} were dropped"
-        if self._steps.room_below is not None:
-            why += ", and the loss scale is at its least"
+        if self._steps.scale_at_floor:
+            why += ", with the loss scale at its least"
         advice = (
             f"{self._run / FILE} says what was not finite in each. A lower optimizer.learning_rate or another "
             "precision (deepspeed=…) in a new run may help, or other data"

@@ -19,7 +19,6 @@ from dist_fusion.monitor.events import Event, read_events
 from dist_fusion.monitor.lines import last_lines, read_lines
 from dist_fusion.schema import UserError
 
-MISTAKE = 2
 RECIPE = "config.yaml"
 DEPTHS = ("*", "*/*", "*/*/*")
 """Where runs are looked for in a folder of runs: a name may have several parts."""
@@ -308,16 +307,3 @@ def show(folder: Path, as_json: bool) -> str:
 
 def _json(tree: object) -> str:
     return json.dumps(tree, indent=2) + "\n"
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Print the status; returns the exit code (0, or 2 for the user's mistake)."""
-    parser = argparse.ArgumentParser(prog="dist-fusion status", description="How a run is doing.")
-    add_arguments(parser)
-    given = parser.parse_args(arguments)
-    try:
-        sys.stdout.write(show(given.run, given.json))
-    except UserError as error:
-        sys.stderr.write(f"dist-fusion: {error}\n")
-        return MISTAKE
-    return 0

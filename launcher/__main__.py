@@ -154,7 +154,7 @@ def _cancel(given: argparse.Namespace) -> int:
     logs.newest(given.run)
     queued = records.queue_of([given.run])
     for job in records.lives(given.run, queued):
-        if given.now or records.state(given.run, job, queued).state == "PENDING":
+        if given.now or not records.trains(given.run, job, queued):
             slurm.cancel(job.job) if job.cluster == "slurm" else os.kill(int(job.job), signal.SIGINT)
             _say(f"job {job.job} is cancelled\n")
         else:

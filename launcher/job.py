@@ -10,7 +10,7 @@ from submitit import JobEnvironment
 from submitit.helpers import DelayedSubmission
 
 from launcher import failure
-from launcher.life import CONTINUE, DONE, FAILED, live, once_more, say
+from launcher.life import CONTINUE, DONE, FAILED, folder, live, once_more, say
 from launcher.place import of_task
 
 
@@ -30,7 +30,7 @@ class Training:
         place = of_task()
         assert place, "submitit has told this task its place"
         try:
-            code, run = live(self.recipe, self.overrides, place)
+            code, run = live(self.recipe, self.overrides, place), folder(self.recipe, self.overrides)
             if code not in (DONE, CONTINUE):
                 raise RuntimeError(failure.read(run))
         except Exception:

@@ -8,10 +8,12 @@ import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import TextIOBase
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+from dist_fusion.monitor.events import read_events, record
 from dist_fusion.schema import UserError
 from launcher import caches, failure, records, slurm
 from launcher.meeting import LIMIT, meet
@@ -20,6 +22,8 @@ from launcher.place import Place, of_task
 DONE, FAILED, MISTAKE, CONTINUE = 0, 1, 2, 75
 """Exit codes, as train.main returns them: what is here must not wait until that is loaded."""
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+TRIES = 3
+"""Lives in a row that are warned before they train: a job whose time is too short would start itself for ever."""
 RETURNING = 120.0
 """Seconds that rank 0 gives the others to return, once all have saved."""
 
@@ -35,14 +39,17 @@ def work(recipe: str, overrides: Sequence[str], requeue: bool) -> int:
     if place is None:
         raise UserError("worker is a task of srun, see slurm/pretrain.sh; without SLURM it is dist-fusion train")
 
+    run: Path | None = None
+
     def warned_early(number: int, frame: FrameType | None) -> None:
-        os._exit(start_again(None, requeue))
+        os._exit(start_again(run, requeue, trained=False))
 
     # Until the training listens there is nothing to save, and so nobody to wait for.
     for number in WARNINGS:
         signal.signal(number, signal.SIG_IGN if place.rank else warned_early)
     try:
-        code, run = live(recipe, overrides, place)
+        run = folder(recipe, overrides)
+        code = live(recipe, overrides, place)
     except UserError:
         raise
     except Exception:
@@ -53,17 +60,23 @@ def work(recipe: str, overrides: Sequence[str], requeue: bool) -> int:
     return DONE if place.rank else start_again(run, requeue)
 
 
-def live(recipe: str, overrides: Sequence[str], place: Place) -> tuple[int, Path]:
-    """Train as one of the ranks; returns `train.main`'s exit code and the run's folder.
+def folder(recipe: str, overrides: Sequence[str]) -> Path:
+    """The run's. Raises UserError for a recipe that cannot be."""
+    from dist_fusion.config import load
+
+    config = load(recipe, overrides)
+    return Path(config.runs) / config.name
+
+
+def live(recipe: str, overrides: Sequence[str], place: Place) -> int:
+    """Train as one of the ranks; returns `train.main`'s exit code.
 
     With code 75 every rank has returned by then, as far as rank 0 is concerned: all is on disk, and the job may be
     ended and started again. A failure is written down, and raised.
     """
     from dist_fusion import train
-    from dist_fusion.config import load
 
-    config = load(recipe, overrides)
-    run = Path(config.runs) / config.name
+    run = folder(recipe, overrides)
     os.environ.update(caches.folders())
     with caches.hold_builds(Path(os.environ["TORCH_EXTENSIONS_DIR"])):
         meeting = meet(place)
@@ -89,7 +102,7 @@ def live(recipe: str, overrides: Sequence[str], place: Place) -> tuple[int, Path
         meeting.tell("returned")
         if ended or (code == CONTINUE and place.rank == 0):
             meeting.all_told("returned", RETURNING)
-        return code, run
+        return code
 
 
 class Heard(TextIOBase):
@@ -112,19 +125,33 @@ class Heard(TextIOBase):
         return self._stream.fileno()
 
 
-def start_again(run: Path | None, requeue: bool) -> int:
+def start_again(run: Path | None, requeue: bool, trained: bool = True) -> int:
     """Put the job back into the queue, by which it ends here; returns 75, "start me again", if that cannot be."""
-    why = "told not to (--no-requeue)" if not requeue else once_more(run)
+    saved = "all is saved" if trained else "nothing was trained yet"
+    why = "told not to (--no-requeue)" if not requeue else once_more(run) or ("" if trained else in_vain(run))
     if not why:
         try:
-            say("all is saved; back into the queue")
+            say(f"{saved}; back into the queue")
             slurm.requeue(slurm.this_job())
             time.sleep(60)  # SLURM ends this task at any moment
         except slurm.SlurmError as error:
             why = str(error)
     if why:
-        say(f"all is saved; the job does not start itself again: {why}")
+        say(f"{saved}; the job does not start itself again: {why}")
     return CONTINUE
+
+
+def in_vain(run: Path | None) -> str:
+    """Why a job that is warned before it trains should be given up; nothing if it may try again."""
+    if run is None:
+        return ""
+    events = read_events(run)
+    before = [*takewhile(lambda event: event.kind == "warned early", reversed(events))]
+    run.mkdir(parents=True, exist_ok=True)
+    record(run, "warned early", events[-1].step if events else 0, {"job": slurm.this_job()})
+    if len(before) < TRIES - 1:
+        return ""
+    return f"it was warned {TRIES} times before it could train; --time must be much more than what --signal says"
 
 
 def once_more(run: Path | None) -> str:

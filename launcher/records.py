@@ -2,11 +2,14 @@
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from dist_fusion.monitor.events import read_events
+from dist_fusion.status import TURNS
 from launcher import failure, slurm
 
 OVER = ("new", "finished", "failed", "ended")
@@ -73,6 +76,18 @@ def state(run: Path, job: Job, queued: Mapping[str, slurm.Queued]) -> slurm.Queu
     if (run / "model.safetensors").exists():
         return slurm.Queued("finished", "", "")
     return slurm.Queued("failed", "", reason[-1]) if reason else slurm.Queued("ended", "", "saved, to be continued")
+
+
+def trains(run: Path, job: Job, queued: Mapping[str, slurm.Queued]) -> bool:
+    """Whether a job's life has come so far that it hears when it is told to stop.
+
+    What it left in its folder in an earlier life, before it was put back into the queue, says nothing of this one.
+    """
+    now = state(run, job, queued)
+    turn = next((event for event in reversed(read_events(run)) if event.kind in TURNS), None)
+    if now.state == "PENDING" or turn is None or turn.kind != "started":
+        return False
+    return not now.elapsed or turn.time > time.time() - slurm.seconds(now.elapsed) - 1
 
 
 def lives(run: Path, queued: Mapping[str, slurm.Queued]) -> list[Job]:

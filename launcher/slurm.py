@@ -30,6 +30,13 @@ def queue() -> dict[str, Queued]:
     return {job: Queued(state, elapsed, where) for job, state, elapsed, where in lines}
 
 
+def seconds(elapsed: str) -> int:
+    """A length of time as SLURM writes it: [days-][[hours:]minutes:]seconds."""
+    days, _, clock = elapsed.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    return int(days or 0) * 86400 + sum(part * 60**place for place, part in enumerate(reversed(parts)))
+
+
 def this_job(environment: Mapping[str, str] = os.environ) -> str:
     """The number of the job that this process belongs to, `<array>_<task>` in an array; nothing outside of one.
 

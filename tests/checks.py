@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from dist_fusion import distributed
 from dist_fusion.config import load
@@ -165,17 +166,24 @@ def run(recipe: str, overrides: list[str], stop_at: int | None = None) -> dict:
         stop.close()
 
 
-def unhealthy(recipe: str, overrides: list[str], folder: str, spoiled: dict[str, list[int]], ranks: list[int]) -> dict:
+def unhealthy(
+    recipe: str, overrides: list[str], folder: str, spoiled: dict[str, list[int]], ranks: list[int], scale: float = 0
+) -> dict:
     """Steps with a batch that some ranks cannot learn from: which were made, and what is told of the others.
 
-    `spoiled` says by kind in which steps: pictures that are no numbers, or a loss a thousand times the usual.
+    `spoiled` says by kind in which steps: pictures that are no numbers, or a loss a thousand times the usual. `scale`
+    is what DeepSpeed's dynamic loss scale begins with, at a floor of 1; without it, there is none.
     """
     config = load(recipe, overrides)
     with contextlib.redirect_stdout(io.StringIO()):
         engine = build_engine(tiny.model(tiny.model_config(), tiny.PRETRAINING), config, distributed.world_size())
+    if scale:  # fp16 needs a GPU, its scaler does not
+        engine.optimizer.loss_scaler = DynamicLossScaler(
+            scale, scale_window=1000, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False, dtype=torch.float32
+        )
     run = Path(folder)
     health = Health(config.health, Steps(engine), run)
-    made, changed, hopeless = [], [], []
+    made, changed, hopeless, scales = [], [], [], []
     for step in range(1, config.steps + 1):
         batch = tiny.batch(tiny.PRETRAINING, tiny.samples(4, start=4 * step + 100 * distributed.rank()))
         mine = distributed.rank() in ranks
@@ -193,10 +201,11 @@ def unhealthy(recipe: str, overrides: list[str], folder: str, spoiled: dict[str,
         changed.append(any(then is None or not torch.equal(then, now) for then, now in moments))
         made.append(health.look(step))
         hopeless.append(health.hopeless)
+        scales.append(float(engine.optimizer.loss_scale))
     distributed.barrier()  # rank 0 writes
     told = [event.details["what"] for event in read_events(run) if event.kind == "skipped"]
     finite = all(bool(parameter.isfinite().all()) for parameter in engine.module.parameters())
-    return {"made": made, "changed": changed, "hopeless": hopeless, "told": told, "finite": finite}
+    return {"made": made, "changed": changed, "hopeless": hopeless, "told": told, "finite": finite, "scales": scales}
 
 
 def _stop_later(folder: Path, step: int) -> None:

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -106,3 +108,31 @@ data: {{shards: [{easy_snli_ve}/dev], vocabulary: {easy_snli_ve}/vocab.txt}}
     assert matrix["classes"] == ["contradiction", "entailment", "neutral"]
     assert [sum(row) for row in matrix["counts"]] == [DRAWS["dev"]] * 3
     assert any(line.split()[0] == "neutral" for line in printed.splitlines() if line)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and f"dist-fusion {command}" in said and len(said.splitlines()) > 4
+
+
+def test_all_commands_are_listed_with_what_they_do(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name} {about}" in said for name, about in cli.COMMANDS.items())
+
+
+@pytest.mark.parametrize(
+    ("command", "spared"), [("inspect", "deepspeed transformers matplotlib"), ("train", "transformers matplotlib")]
+)
+def test_a_command_loads_only_what_it_needs(command, spared):
+    told = (
+        "import sys; from dist_fusion import cli\n"
+        f"try: cli.main(['{command}', '--help'])\n"
+        f"finally: print(sys.modules.keys() & set('{spared}'.split()), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "set()"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_fusion import cli, status
+from dist_fusion import cli
 from dist_fusion.monitor.events import record
 from dist_fusion.status import as_text, show, size_in_words, spoken, status_of
 
@@ -177,7 +177,7 @@ def test_a_folder_of_runs_has_a_line_for_each(run, capsys):
 def test_what_is_no_run_is_said_in_one_message(tmp_path, capsys, recipe, message):
     if recipe is not None:
         (tmp_path / "config.yaml").write_text(recipe)
-    assert status.main([str(tmp_path)]) == status.MISTAKE
+    assert cli.main(["status", str(tmp_path)]) == cli.MISTAKE
     assert message in capsys.readouterr().err
 
 

@@ -23,6 +23,7 @@ class Steps:
         self._names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self._dropping = False
         self.at_fault: list[str] = []  # weights of this rank's shard whose last gradients were not finite
+        self.scale_at_fault = False  # whether a lower loss scale may be all that the last dropped step needed
         self._update_scale = self._zero._update_scale
         self._zero._update_scale = self._noting
 
@@ -33,10 +34,10 @@ class Steps:
         return applied
 
     @property
-    def room_below(self) -> float | None:
-        """By what the loss scale can still be divided; None if there is no scale that changes."""
+    def scale_at_floor(self) -> bool:
+        """Whether the loss scale changes and cannot come down any more."""
         scaler = self._zero.loss_scaler
-        return scaler.cur_scale / scaler.min_scale if scaler.dynamic else None
+        return scaler.dynamic and scaler.cur_scale <= scaler.min_scale
 
     def drop(self, loss: Tensor) -> Tensor:
         """What to learn from in place of `loss`, so that all ranks drop the step. The loss scale is left alone."""
@@ -53,6 +54,8 @@ class Steps:
         """Called by DeepSpeed between the finding of what is not finite and the forgetting of it."""
         self.at_fault = list(islice(self._not_finite(), NAMED)) if overflow and not self._dropping else []
         scaler = self._zero.loss_scaler
+        # As it was in this step: one that comes down to its floor now has not been tried there.
+        self.scale_at_fault = overflow and not self._dropping and scaler.dynamic and not self.scale_at_floor
         if scaler.dynamic:
             scaler.raise_error_at_min_scale = False  # what a floor means is decided elsewhere, on all ranks alike
         if not self._dropping:

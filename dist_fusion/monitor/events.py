@@ -19,6 +19,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "refused checkpoint": ("folder", "why"),
     "evaluated": ("scores",),
     "stopped": ("by",),  # saved, to be continued
+    "warned early": ("job",),  # told to stop before it trained
     "failed": ("error",),
     "finished": (),
 }

@@ -8,7 +8,7 @@ from dist_fusion.checkpoint.folder import owned_by_another
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("given", ["", "checkpoints", "checkpoints/step-00000005/rank-0.pt"])
 def test_checkpoints_that_another_user_could_write_are_not_opened(two_ranks, small_recipe, tmp_path, given):
-    arguments = {"recipe": str(small_recipe), "overrides": [f"runs={tmp_path}", "steps=60", "log_every=1"]}
+    arguments = {"recipe": str(small_recipe), "overrides": [f"runs={tmp_path}", "steps=20", "log_every=1"]}
     run = tmp_path / "small"
     assert two_ranks.run("run", **arguments, stop_at=1) == [{"code": 75}] * 2 if not given else True
     if given:

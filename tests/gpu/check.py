@@ -99,7 +99,7 @@ def bench(name: str, device: str, quick: bool, limit: float) -> dict[str, object
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         options = ["--device", device, "--json", str(file), *(["--quick"] if quick else [])]
-        part = run(["dist_fusion.cli", "bench", name, *options], device, limit)
+        part = run(["dist_fusion", "bench", name, *options], device, limit)
         rows = json.loads(file.read_text())["rows"] if file.exists() else []
     return {**part.told(), "rows": rows}
 

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
+from dist_fusion.monitor.lines import append_line
 from dist_fusion.schema import UserError
 from launcher import failure, logs, records
 from launcher.place import Place
@@ -64,3 +66,24 @@ def test_a_log_is_shown_from_its_end_with_the_reason_of_a_failure(tmp_path):
     shown = "".join(said)
     assert "line 60\n" in shown and "line 59\n" not in shown and "line 99\n" in shown
     assert "the disk is full" in shown
+
+
+@pytest.mark.parametrize(
+    ("turns", "state", "elapsed", "trains"),
+    [
+        ((), "RUNNING", "1:00", False),
+        (("started",), "RUNNING", "1:00", True),
+        (("started",), "RUNNING", "1-01:00:00", True),
+        (("started",), "PENDING", "0:00", False),
+        (("started", "stopped"), "RUNNING", "1:00", False),
+        (("started", "stopped", "started"), "RUNNING", "1:00", True),
+        (("long ago",), "RUNNING", "1:00", False),  # its node died, and it was put back into the queue
+    ],
+)
+def test_a_job_hears_of_its_end_once_it_trains_in_this_life(tmp_path, turns, state, elapsed, trains):
+    for kind in turns:
+        line = {"time": time.time() - (3600 if kind == "long ago" else 30), "step": 0, "details": {}}
+        append_line(tmp_path / "events.jsonl", {**line, "kind": "started" if kind == "long ago" else kind})
+    records.note(tmp_path, "7", "slurm", "log")
+    (job,) = records.jobs_of(tmp_path)
+    assert records.trains(tmp_path, job, {"7": Queued(state, elapsed, "node1")}) == trains

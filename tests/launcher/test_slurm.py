@@ -2,6 +2,7 @@
 
 import pytest
 
+from dist_fusion.monitor.events import read_events, record
 from launcher import life, slurm
 
 
@@ -43,3 +44,21 @@ def test_where_slurm_has_no_commands_a_saved_job_says_so_and_leaves_with_75(monk
     assert "does not start itself again: scontrol" in capsys.readouterr().out
     assert life.start_again(None, requeue=False) == life.CONTINUE
     assert "told not to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "seconds"), [("0:07", 7), ("12:05", 725), ("3:00:01", 10801), ("2-01:00:00", 176400)]
+)
+def test_a_length_of_time_is_read_as_slurm_writes_it(elapsed, seconds):
+    assert slurm.seconds(elapsed) == seconds
+
+
+def test_a_job_that_is_warned_again_and_again_before_it_trains_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run = tmp_path / "new"
+    assert not life.in_vain(None) and not run.exists()
+    assert [bool(life.in_vain(run)) for _ in range(3)] == [False, False, True]
+    record(run, "started", 4, dict.fromkeys(("ranks", "hosts", "job", "resumed_from", "versions")))
+    assert [bool(life.in_vain(run)) for _ in range(2)] == [False, False], "it has trained meanwhile"
+    assert "--time must be much more" in life.in_vain(run)
+    assert {event.step for event in read_events(run)} == {0, 4}

@@ -103,6 +103,17 @@ def test_a_run_that_is_cancelled_saves_and_stays_where_it_is(cluster, recipe, ru
     assert int(saved.removeprefix("step-")) == len(losses(runs / "cancelled"))
 
 
+def test_a_run_that_is_cancelled_before_it_trains_ends_too(cluster, recipe, runs, monkeypatch, capsys):
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    job = sbatch(cluster, recipe, "name=early")
+    wait_for(lambda: (runs / "early" / "logs" / "jobs.jsonl").exists(), 60)
+    assert main(["cancel", str(runs / "early")]) == 0
+    assert f"job {job} is cancelled" in capsys.readouterr().out
+    state, log = outcome(cluster, job, recipe)
+    assert state == ("CANCELLED", "0"), log
+
+
 def test_where_no_job_may_be_requeued_those_of_a_chain_go_on_from_one_another(cluster, recipe, runs, undisturbed):
     """The second goes on, and the third finds that all is done: it is the one whose id is its array's."""
     array = sbatch(cluster, recipe, "name=chain", options=("--no-requeue", "--array=1-3%1"))
