@@ -68,8 +68,9 @@ class Order:
     def __init__(self, sources: Sequence[Source], slots: int, seed: int, window: int):
         """`window` is how many samples are mixed at a time, over all lanes; at least a chunk a lane."""
         self._sources, self._seed = list(sources), seed
-        self._quotas = [round(one.weight * int(one.chunks.size.sum())) for one in self._sources]
-        self.num_samples = sum(self._quotas)
+        # Samples an epoch, by source.
+        self.quotas = [round(one.weight * int(one.chunks.size.sum())) for one in self._sources]
+        self.num_samples = sum(self.quotas)
         self.slots, self.lanes = slots, lanes_of(slots, self.num_samples)
         chunks = sum(len(one.chunks.size) for one in self._sources)
         mean = self.num_samples / max(chunks, 1)
@@ -99,7 +100,7 @@ class Order:
     def _lined_up(self, epoch: int) -> Chunks:
         """All chunks of an epoch in their order; of a source with a part of a visit, other ones in each epoch."""
         firsts, counts = [], []
-        for number, (source, quota) in enumerate(zip(self._sources, self._quotas, strict=True)):
+        for number, (source, quota) in enumerate(zip(self._sources, self.quotas, strict=True)):
             draw = np.random.default_rng((self._seed, epoch, number, 0))
             left = quota
             while left > 0:

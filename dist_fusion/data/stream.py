@@ -125,7 +125,20 @@ class Stream(IterableDataset[Loaded]):
             ],
             contrast, plan.seed, config.shuffle_buffer,
         )  # fmt: skip
+        if endless:
+            self._require_all((np.diff(parts) > 0).tolist())
         self.num_samples = self.order.num_samples if endless else len(self._catalog)
+
+    def _require_all(self, filled: Sequence[bool]) -> None:
+        """Raise UserError for a source that would never be seen."""
+        for (name, source), some, quota in zip(self._sources.items(), filled, self.order.quotas, strict=True):
+            if not quota:
+                key = f"data.sources.{name}" if name else "data.shards"
+                raise UserError(
+                    f"{key}: with a weight of {source.weight:g} an epoch visits none of its samples; raise the weight"
+                    if some
+                    else f"{key} has no sample with what {', '.join(self._tasks)} needs; leave it out"
+                )
 
     def starting_at(self, start: int) -> "Stream":
         """The same stream from micro-step `start` on."""

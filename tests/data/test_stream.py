@@ -333,6 +333,18 @@ def test_sources_are_visited_by_their_weights_with_their_own_number_of_texts(str
     assert sum(len(one.batch.targets["itc"].rows) for one in loaded) == 41 + 2 * 8
 
 
+@pytest.mark.parametrize(
+    ("weight", "task", "message"),
+    [(0.1, "itc", "data.sources.few: with a weight of 0.1"), (1.0, "vqa", "data.sources.few has no sample with what")],
+)
+def test_a_source_that_would_never_be_seen_is_a_mistake(stream_of, few, shards, weight, task, message):
+    sources = {"all": SourceConfig((str(shards),)), "few": SourceConfig(few(["one", "number 1"]), weight=weight)}
+    tasks = {task: TASKS[task]()}
+    with pytest.raises(UserError, match=message):
+        stream_of(shards=(), sources=sources, micro_batch=7, tasks=tasks)
+    assert stream_of(shards=(), sources=sources, micro_batch=7, tasks=tasks, endless=False).num_samples
+
+
 def test_pictures_are_augmented_in_training_alone_and_by_their_place(stream_of):
     def pictures(stream):
         return torch.cat([one.batch.images for one in islice(load_batches(stream, 0), 2)])
