@@ -26,4 +26,4 @@ shift
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python)}
 
 exec srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-    "$python" -m dist_fusion.cli evaluate "$run" --shards "$@"
+    "$python" -m dist_fusion evaluate "$run" --shards "$@"
