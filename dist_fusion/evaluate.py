@@ -64,21 +64,26 @@ def _table(matrix: Confusion) -> list[str]:
 def evaluate(
     model: nn.Module, tasks: Mapping[str, Task], batches: Iterable[Loaded], device: torch.device
 ) -> Evaluation:
-    """The scores of `model` over one pass of `batches`, the same on every rank. Collective."""
+    """The scores of `model` over one pass of `batches`, the same on every rank. Collective.
+
+    What `batches` raises, it raises; the model is left as it was found.
+    """
     training = model.training
     model.eval()
     parts: dict[str, list[Judged]] = {name: [] for name in tasks}
     skipped = 0
-    for loaded in batches:
-        for damage in loaded.damages:
-            log.warning("not scored: %s", damage.told())
-            skipped += 1
-        batch = to_device(loaded.batch, device)
-        output = model(batch)
-        for name, task in tasks.items():
-            target = batch.targets[name]
-            parts[name].append(_counted(target, task.judge(output.logits[name], target)))
-    model.train(training)
+    try:
+        for loaded in batches:
+            for damage in loaded.damages:
+                log.warning("not scored: %s", damage.told())
+                skipped += 1
+            batch = to_device(loaded.batch, device)
+            output = model(batch)
+            for name, task in tasks.items():
+                target = batch.targets[name]
+                parts[name].append(_counted(target, task.judge(output.logits[name], target)))
+    finally:
+        model.train(training)
     judged = {name: _of_all_ranks(mine) for name, mine in parts.items()}
     found = {name: rows for name, rows in judged.items() if len(rows.score)}
     return Evaluation(

@@ -9,14 +9,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from dist_fusion import distributed
-from dist_fusion.checkpoint.manifest import list_whole
-from dist_fusion.config import HealthConfig
+from dist_fusion.checkpoint.manifest import Position, list_whole
+from dist_fusion.config import Config, HealthConfig
 from dist_fusion.distill import Loss
 from dist_fusion.engine.steps import Steps
 from dist_fusion.monitor.console import log
@@ -29,10 +32,15 @@ RECENT = 50
 """Losses that a spike is measured against."""
 GRACE = 10.0
 """Seconds between the writing of a rank's stack and its end, so that all ranks write theirs."""
+MARGIN = timedelta(minutes=5)
+"""By how much longer ranks wait for one another than a run may stand still: its watch has the first word."""
+LONGEST = timedelta(days=365)
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
-"""What makes NCCL keep its last operations, and write them down when one never ends. Unless the user says otherwise."""
+"""What makes NCCL keep its last operations, and write them down when one fails. Unless the user says otherwise."""
 FLIGHT_RECORD = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 """Where it writes them: the name of the variable now, and until torch 2.8."""
+FLIGHTS = "nccl-rank-"
+"""The beginning of their files' names; torch's tools for reading them want the rank's number behind it."""
 
 
 class Unhealthy(RuntimeError):
@@ -52,12 +60,12 @@ class Health:
         )  # losses of the last steps that were made, if spikes are sought
         self.dropped = 0  # steps of this life
 
-    def begin(self, recent: Iterable[float]) -> None:
-        """Begin at a checkpoint; again, with a lower loss scale, if the run went back to it."""
-        self.recent = deque(recent, RECENT)
-        if self._streak:
-            self._steps.lower_scale(LOWER)
+    def begin(self, position: Position) -> None:
+        """Begin at a checkpoint: with a lower loss scale, if the run once went back to it. Collective."""
+        self.recent = deque(position.recent, RECENT)
         self._streak = 0
+        if distributed.from_first(distributed.rank() == 0 and position.step in _gone_back_to(self._run)):
+            self._steps.lower_scale(LOWER)
 
     def watched(self, loss: Loss, *, last: bool) -> Tensor:
         """The total of `loss`, a micro-step's share, or what drops the step if its loss is a spike.
@@ -124,7 +132,7 @@ class Health:
 
     def _go_back(self, step: int) -> str:
         whole = list_whole(self._run)
-        before = {event.details.get("to") for event in read_events(self._run) if event.kind == "rolled back"}
+        before = _gone_back_to(self._run)
         why = f"{self._streak} steps in a row up to step {step} were dropped"
         if self._steps.scale_at_floor:
             why += ", with the loss scale at its least"
@@ -141,6 +149,15 @@ class Health:
         return ""
 
 
+def _gone_back_to(run: Path) -> set[object]:
+    return {event.details.get("to") for event in read_events(run) if event.kind == "rolled back"}
+
+
+def patience_of(config: Config) -> timedelta:
+    """How long ranks wait for one another."""
+    return min(timedelta(minutes=min(config.health.hang_minutes, 1e6)) + MARGIN, LONGEST)
+
+
 class Watch:
     """Ends a rank that has stood still for too long, and writes down where: all ranks, since all wait for one.
 
@@ -148,16 +165,19 @@ class Watch:
     does it without.
     """
 
-    def __init__(self, minutes: float, stacks: Path):
-        self._limit, self._path = 60 * minutes, stacks
-        self._file = stacks.open("a")
+    def __init__(self, minutes: float, run: Path):
+        self._limit, self._run = 60 * minutes, run
+        self._path = run / "logs" / f"rank-{distributed.rank()}.stacks"
+        self._file = self._path.open("a")
         self._ended = threading.Event()
+        self._step = 0
         self.beat()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
-    def beat(self) -> None:
-        """Say that the run goes on."""
+    def beat(self, step: int | None = None) -> None:
+        """Say that the run goes on; at which step, if it is another one."""
+        self._step = self._step if step is None else step
         self._last = time.monotonic()
         faulthandler.dump_traceback_later(self._limit + 2 * GRACE, exit=True, file=self._file)
 
@@ -178,14 +198,21 @@ class Watch:
         while not self._ended.wait(max(0.05, self._last + self._limit - time.monotonic())):
             if time.monotonic() - self._last < self._limit:
                 continue
-            sys.stderr.write(
-                f"dist-fusion: rank {distributed.rank()} has made no progress for {self._limit / 60:g} minutes "
-                f"(health.hang_minutes) and ends; where it stood is in {self._path}\n"
+            said = (
+                f"rank {distributed.rank()} has made no progress for {self._limit / 60:g} minutes "
+                f"(health.hang_minutes) and ends; where it stood is in {self._path}"
             )
+            sys.stderr.write(f"dist-fusion: {said}\n")
             sys.stderr.flush()
             self._file.write(f"no progress for {self._limit:g} s, {time.ctime()}\n")
             self._file.flush()
             faulthandler.dump_traceback(self._file, all_threads=True)
+            with suppress(OSError):  # the file system may be what stands still, and the error is told anyway
+                if torch.cuda.is_initialized():
+                    # NCCL itself would write it at its own limit, which is later.
+                    flights = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
+                    (self._run / "logs" / f"{FLIGHTS}{distributed.rank()}").write_bytes(flights)
+                record(self._run, "failed", self._step, {"error": said})
             time.sleep(min(GRACE, self._limit))
             os._exit(1)
 
@@ -196,4 +223,4 @@ def record_flights(environment: Any, logs: Path | None = None) -> None:
         environment.setdefault(name, value)
     if logs:
         for name in FLIGHT_RECORD:
-            environment.setdefault(name, str(logs / "nccl-rank-"))
+            environment.setdefault(name, str(logs / FLIGHTS))

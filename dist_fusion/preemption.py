@@ -7,12 +7,20 @@ flag that is up already.
 
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
-from dist_fusion.distributed import barrier, rank
+from dist_fusion.distributed import barrier, on_any_rank, rank
+
+T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Stopped(Exception):
+    """Something that takes long was left, on all ranks at the same place, since one of them was told to stop."""
 
 
 class StopRequest:
@@ -43,6 +51,13 @@ class StopRequest:
         if time.monotonic() > self._end:
             return f"time_budget of {self._minutes:g} minutes"
         return str(self._file) if self._file.is_file() else ""
+
+    def heard_over(self, items: Iterable[T]) -> Iterator[T]:
+        """`items`, as many on every rank. Raises Stopped where one was told to stop. Collective at each."""
+        for item in items:
+            if any(on_any_rank(bool(self.reason()))):
+                raise Stopped
+            yield item
 
     def close(self) -> None:
         """Give the signals back to whoever had them before."""

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import struct
 import sys
 import time
 from collections import Counter
@@ -26,6 +27,8 @@ TURNS = ("started", "stopped", "failed", "finished")
 """Events between which a run is alive or not."""
 SILENT = 5
 """After so many times the usual time between two lines a run counts as silent."""
+FLOCK = "hhqqi4x"
+"""Linux's `struct flock`: type, whence, start, length, process."""
 LEAST_SILENCE = 120.0
 """Seconds: saving and scoring write no lines."""
 COLOURS = {"running": 32, "silent": 33, "new": 0, "stopped": 33, "died": 31, "failed": 31, "finished": 36}
@@ -150,16 +153,19 @@ def _where(turn: Event | None) -> tuple[str, bool]:
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a job of this machine (on some shared file systems: of any) holds the run; the lock is left alone."""
+    """Whether a job of this machine (on some shared file systems: of any) holds the run.
+
+    It is only asked: a lock taken to find out, if for a moment, could refuse a job that starts just then.
+    """
     if not lock.exists():
         return False
     with lock.open() as file:
+        asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         try:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        fcntl.lockf(file, fcntl.LOCK_UN)
-    return False
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, asked)
+        except OSError:  # a file system without locks
+            return False
+    return bool(struct.unpack(FLOCK, answer)[0] != fcntl.F_UNLCK)
 
 
 def _checkpoints(run: Path) -> tuple[list[Checkpoint], int]:

@@ -9,6 +9,7 @@ The same command resumes a run that was stopped, on as many ranks or on others.
 Exit codes: 0 done; 75 saved, continue me (start the same command again); 2 the user's mistake; 1 failure.
 """
 
+import errno
 import os
 import socket
 import sys
@@ -32,12 +33,12 @@ from dist_fusion.data.stream import load_batches
 from dist_fusion.describe import describe
 from dist_fusion.distill import objective, row_weights
 from dist_fusion.engine.optimizer import build_engine, gradient_norm, learning_rates, skipped
-from dist_fusion.engine.ranks import compute_alike, start_ranks, stop_ranks
+from dist_fusion.engine.ranks import compute_alike, start_ranks, stop_ranks, wait_at_most
 from dist_fusion.engine.sharding import check_device, ds_config
 from dist_fusion.engine.state import full_weights
 from dist_fusion.engine.steps import Steps
 from dist_fusion.evaluate import evaluate
-from dist_fusion.health import Health, Unhealthy, Watch, record_flights
+from dist_fusion.health import Health, Unhealthy, Watch, patience_of, record_flights
 from dist_fusion.models.execution import Aside
 from dist_fusion.models.teachers import teach
 from dist_fusion.models.weights import save_model
@@ -46,11 +47,12 @@ from dist_fusion.monitor.console import log, progress_line, start_console
 from dist_fusion.monitor.events import record
 from dist_fusion.monitor.interval import Interval
 from dist_fusion.parts import Parts, prepare, samples_at_peak
-from dist_fusion.preemption import StopRequest
+from dist_fusion.preemption import Stopped, StopRequest
 from dist_fusion.schema import UserError, leaves
 from dist_fusion.types import to_device
 
 DONE, FAILURE, MISTAKE, CONTINUE = 0, 1, 2, 75
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def train(config: Config, device: torch.device, stop: StopRequest) -> int:
@@ -72,12 +74,17 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> int:
         logs = run / "logs"
         record_flights(os.environ, logs)
         stop.look_for(run / "STOP", config.time_budget)
-        watch = Watch(config.health.hang_minutes, logs / f"rank-{distributed.rank()}.stacks")
+        watch = Watch(config.health.hang_minutes, run)
         (logs / f"rank-{distributed.rank()}.pid").write_text(f"{os.getpid()}\n")
         try:
             return fit(config, parts, run, stop, watch, device)
         except Exception as error:
             tell_failed(run, error)
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise UserError(
+                    f"the disk of {run} is full ({error}). Its checkpoints are as they were; make room, and start the "
+                    "same command again to continue"
+                ) from error
             raise
         finally:
             watch.close()
@@ -89,6 +96,7 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, watch: Watch
     A run that does not get on goes back to its newest checkpoint, once.
     """
     engine = build_engine(parts.model.to(device), config, distributed.world_size())
+    wait_at_most(patience_of(config))
     seed_everything(config.seed + 1 + distributed.rank())
     saver = Saver(engine, run, config, parts.identity, parts.stream.num_samples)
     health = Health(config.health, Steps(engine), run)
@@ -97,7 +105,8 @@ def fit(config: Config, parts: Parts, run: Path, stop: StopRequest, watch: Watch
         position = resume(engine, run, config.seed)
         tell_started(run, position.step)
         while code is None:
-            health.begin(position.recent)
+            saver.last = position.step  # what is whole is never written again
+            health.begin(position)
             code = go_on(config, parts, run, Life(engine, saver, health, stop, watch), position, device)
             if code is None:
                 position = resume(engine, run, config.seed)
@@ -139,7 +148,11 @@ def go_on(config: Config, parts: Parts, run: Path, life: Life, position: Positio
     while True:
         if parts.dev and position.owes_scores(config.evaluate_every, config.steps):
             with interval.paused():
-                scores = evaluate(engine, tasks, watch.over(parts.dev), device).percents("dev")
+                saver.finish()  # scoring may take longer than a run has left
+                try:
+                    scores = evaluate(engine, tasks, stop.heard_over(watch.over(parts.dev)), device).percents("dev")
+                except Stopped:
+                    return leave(run, life, position, board)
                 board.scalars(position.step, scores)
                 if distributed.rank() == 0:
                     record(run, "evaluated", position.step, {"scores": scores})
@@ -173,7 +186,7 @@ def go_on(config: Config, parts: Parts, run: Path, life: Life, position: Positio
                 engine.step()
             interval.add(loss.total, loss.terms)
         position = position._replace(step=step, recent=(*health.recent,))
-        watch.beat()
+        watch.beat(step)
 
         made = health.look(step)
         if not made:
@@ -196,14 +209,11 @@ def go_on(config: Config, parts: Parts, run: Path, life: Life, position: Positio
                 saver.finish()
             wanted = wanted or due or step % config.save_every == 0
             # A dropped step is no place to come back to.
-            if told or step == config.steps or (wanted and made):
+            if told:
+                return leave(run, life, position, board)
+            if step == config.steps or (wanted and made):
                 saver.begin(position)
                 wanted = False
-            if told:
-                saver.finish()
-                tell_stopped(run, step, stop)
-                board.close()
-                return CONTINUE
             if parts.overlays and (step == config.steps or step % config.overlays_every() == 0):
                 parts.overlays.show(engine, board, step)
 
@@ -213,12 +223,17 @@ def go_on(config: Config, parts: Parts, run: Path, life: Life, position: Positio
     return DONE
 
 
-def tell_stopped(run: Path, step: int, stop: StopRequest) -> None:
-    """Say by whom the run was told to stop. Collective."""
-    by = ", ".join(dict.fromkeys(reason for reason in distributed.gathered(stop.reason()) if reason))
+def leave(run: Path, life: Life, position: Position, board: Board) -> int:
+    """Save what is not saved yet, and say by whom the run was told to stop; returns the exit code. Collective."""
+    if life.saver.last != position.step:
+        life.saver.begin(position)
+    life.saver.finish()
+    by = ", ".join(dict.fromkeys(reason for reason in distributed.gathered(life.stop.reason()) if reason))
     log.info("told to stop (%s); start the same command again to continue", by)
     if distributed.rank() == 0:
-        record(run, "stopped", step, {"by": by})
+        record(run, "stopped", position.step, {"by": by})
+    board.close()
+    return CONTINUE
 
 
 def tell_failed(run: Path, error: Exception) -> None:
@@ -261,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return DONE
         stop = StopRequest()
         record_flights(os.environ)
-        device = start_ranks()
+        device = start_ranks(patience_of(config))
         start_console()
         try:
             return train(config, device, stop)

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +15,10 @@ from typing import NamedTuple
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from torch.distributed import distributed_c10d as c10d
 
 from dist_fusion import distributed
+from dist_fusion.checkpoint.manifest import Position
 from dist_fusion.config import load
 from dist_fusion.data.stream import Loaded
 from dist_fusion.distill import DistillConfig, objective, row_weights
@@ -23,6 +26,7 @@ from dist_fusion.doctor import between
 from dist_fusion.doctor.lines import Case
 from dist_fusion.engine.elastic import load_elastic, load_recut
 from dist_fusion.engine.optimizer import build_engine, learning_rates
+from dist_fusion.engine.ranks import PATIENCE, wait_at_most
 from dist_fusion.engine.sharding import ds_config
 from dist_fusion.engine.state import SavedState
 from dist_fusion.engine.steps import Steps
@@ -166,6 +170,17 @@ def run(recipe: str, overrides: list[str], stop_at: int | None = None) -> dict:
         stop.close()
 
 
+def patience(recipe: str, minutes: float) -> list[float]:
+    """Minutes that each group of a run waits, those of DeepSpeed's making included, with `minutes` as their limit."""
+    config = load(recipe, [])
+    with contextlib.redirect_stdout(io.StringIO()):
+        build_engine(tiny.model(tiny.model_config(), tiny.PRETRAINING), config, distributed.world_size())
+    wait_at_most(timedelta(minutes=minutes))
+    found = [group._get_backend(CPU).options._timeout / timedelta(minutes=1) for group in c10d._world.pg_map]
+    wait_at_most(PATIENCE)  # these ranks go on with other checks
+    return found
+
+
 def unhealthy(
     recipe: str, overrides: list[str], folder: str, spoiled: dict[str, list[int]], ranks: list[int], scale: float = 0
 ) -> dict:
@@ -183,6 +198,7 @@ def unhealthy(
         )
     run = Path(folder)
     health = Health(config.health, Steps(engine), run)
+    health.begin(Position())
     made, changed, hopeless, scales = [], [], [], []
     for step in range(1, config.steps + 1):
         batch = tiny.batch(tiny.PRETRAINING, tiny.samples(4, start=4 * step + 100 * distributed.rank()))
@@ -365,6 +381,7 @@ def operations(size: int) -> float:
 
 CHECKS = {
     "losses": losses, "contrast": contrast, "scores": scores, "stop_flag": stop_flag, "run": run, "parsed": parsed,
-    "rates": rates, "held": held, "unhealthy": unhealthy, "life": life, "operations": operations, "refusal": refusal,
+    "rates": rates, "held": held, "unhealthy": unhealthy,
+    "patience": patience, "life": life, "operations": operations, "refusal": refusal,
     "interval": interval, "apart": apart,
 }  # fmt: skip

@@ -154,3 +154,9 @@ def test_shipped_files_are_found_by_name_and_others_by_path():
         "zero1", "zero2", "zero3"
     } == set(FILES)  # fmt: skip
     assert all(Path(folder).is_dir() for folder in DS_CONFIGS)
+
+
+def test_no_group_of_ranks_gives_up_before_its_limit(two_ranks, tiny_recipe):
+    """DeepSpeed's own groups too: a run's watch must have the first word."""
+    for waits in two_ranks.run("patience", recipe=str(tiny_recipe), minutes=47.0):
+        assert len(waits) > 1 and set(waits) == {47.0}

@@ -85,6 +85,18 @@ def test_a_step_without_a_whole_checkpoint_is_refused_with_those_there_are(run, 
     assert "is no run" in capsys.readouterr().err
 
 
+def test_a_checkpoint_with_a_flipped_bit_is_no_model_but_the_one_before_it_is(run, tmp_path, capsys):
+    flipped = copied(run, tmp_path / "flipped")
+    shard = next((flipped / "checkpoints" / "step-00000004").glob("*optim_states.pt"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    assert cli.main(["export", str(flipped), "--step", "4"]) == train.MISTAKE
+    assert f"is damaged: {shard.name} is not what was saved" in capsys.readouterr().err
+    assert cli.main(["export", str(flipped)]) == train.DONE
+    assert capsys.readouterr().out.strip().endswith("exported/step-00000002")
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 def test_a_run_of_another_user_is_read_only_if_trusted(run, tmp_path, capsys):
     theirs = copied(run, tmp_path / "theirs")

@@ -1,7 +1,11 @@
 import pytest
 
+from dist_fusion.monitor.events import record
 
-@pytest.mark.parametrize("deepspeed", ["zero1", "zero2", "zero2-bf16", "zero3"])
+OFFLOAD = pytest.param("zero2-offload-bf16", marks=pytest.mark.faults)  # builds DeepSpeed's Adam for the host
+
+
+@pytest.mark.parametrize("deepspeed", ["zero1", "zero2", "zero2-bf16", "zero3", OFFLOAD])
 def test_a_step_that_one_rank_cannot_learn_from_is_dropped_on_all_and_told_with_names(
     two_ranks, tiny_recipe, tmp_path, deepspeed
 ):
@@ -56,3 +60,16 @@ def test_a_loss_scale_that_comes_down_is_left_in_peace_and_one_at_its_floor_is_n
         assert rank["made"] == rank["changed"] == [step in (5, 7) for step in range(1, 10)]
         assert rank["hopeless"] == [False] * 8 + [True], "one step at the floor is no streak yet"
         assert rank["finite"]
+
+
+def test_a_run_that_once_went_back_begins_there_with_the_lower_loss_scale_in_each_life(
+    two_ranks, tiny_recipe, tmp_path
+):
+    (tmp_path / "other").mkdir()
+    for folder, gone_back_to, scale in ((tmp_path, 0, 4.0), (tmp_path / "other", 5, 64.0)):
+        record(folder, "rolled back", 9, {"to": gone_back_to, "why": "the weather"})
+        found = two_ranks.run(
+            "unhealthy", recipe=str(tiny_recipe), overrides=["steps=1", "global_batch=8"], folder=str(folder),
+            spoiled={}, ranks=[], scale=64.0,
+        )  # fmt: skip
+        assert [rank["scales"] for rank in found] == [[scale]] * 2

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from dist_fusion import train
-from dist_fusion.checkpoint.manifest import folder_at, list_whole
+from dist_fusion.checkpoint.manifest import folder_at, list_whole, read_manifest
 from dist_fusion.config import load
 from dist_fusion.engine.ranks import free_port
 from dist_fusion.parts import prepare
@@ -59,6 +60,30 @@ def test_a_resumed_run_equals_the_uninterrupted_one(two_ranks, recipe, tmp_path,
     assert metrics(parts) == metrics(whole)
     assert [step for step, _ in metrics(parts)] == list(range(1, 25))
     assert same_weights(whole, parts)
+
+
+def test_a_checkpoint_that_is_scored_only_when_resumed_is_not_written_again(two_ranks, recipe, tmp_path):
+    """It is the best so far by then; a run that is killed in the middle of writing it again would have lost it."""
+    overrides = [
+        *LIFE[1:],
+        f"runs={tmp_path}",
+        "steps=8",
+        "save_every=5",
+        "evaluate_every=5",
+        "keep_best=dev/mlm/masked tokens",
+    ]
+    arguments = {"recipe": str(recipe), "overrides": [*overrides, "save_async=false", "keep_checkpoints=9"]}
+    assert two_ranks.run("run", stop_at=5, **arguments) == [{"code": train.CONTINUE}] * 2
+    before, *later = list_whole(tmp_path / "small")
+    assert before.step == 5 and read_manifest(before.folder)["position"]["scored"] == 0
+    for saved in later:
+        shutil.rmtree(saved.folder)
+    made = (before.folder / "manifest.json").stat()
+    assert two_ranks.run("run", **arguments) == [{"code": train.DONE}] * 2
+    now = (before.folder / "manifest.json").stat()
+    assert (now.st_ino, now.st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
+    last = list_whole(tmp_path / "small")[-1]
+    assert last.step == 8 and read_manifest(last.folder)["position"]["best_step"] in (5, 8)
 
 
 @pytest.mark.launch

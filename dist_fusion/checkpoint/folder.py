@@ -1,5 +1,6 @@
 """The folder of a run: who may use it, and what was run in it."""
 
+import errno
 import fcntl
 import json
 import os
@@ -16,6 +17,7 @@ from dist_fusion import distributed
 from dist_fusion.checkpoint.manifest import list_whole, read_manifest
 from dist_fusion.checkpoint.writing import write_text
 from dist_fusion.config import Config, dump
+from dist_fusion.monitor.console import log
 from dist_fusion.schema import UserError, leaves
 
 FREE = {
@@ -32,6 +34,9 @@ SPOKEN = {
 }
 """What a manifest's keys are called in a message."""
 WHICH = ("python", "torch", "deepspeed", "webdataset", "numpy", "pillow", "tokenizers")
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What file systems without locks say, when asked for one."""
 
 
 @contextmanager
@@ -88,8 +93,13 @@ def _claim(
         try:
             # A lock of this process alone: loader workers, which outlive a killed rank by seconds, would keep a flock.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return f"the run {run} is being trained by another job at this moment; stop that one first"
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                return f"the run {run} is being trained by another job at this moment; stop that one first"
+            log.warning(
+                "the file system of %s has no locks (%s; Lustre has them with -o flock): nothing keeps two jobs from "
+                "training this run at once, so see to it yourself", run, error,
+            )  # fmt: skip
         write_text(run / "config.yaml", dump(config))
         write_text(run / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
         write_text(run / "versions.json", json.dumps(versions(), indent=2) + "\n")

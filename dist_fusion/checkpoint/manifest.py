@@ -15,6 +15,9 @@ MANIFEST = "manifest.json"
 DAMAGED = "manifest.json.damaged"
 """What the manifest of a checkpoint becomes whose files are not what it says."""
 
+NOT_THERE = (FileNotFoundError, NotADirectoryError)
+"""Errors of a path that leads nowhere; others say nothing of what is on the disk."""
+
 
 class Position(NamedTuple):
     """Where a run stands, beside what DeepSpeed and the generators of random numbers keep."""
@@ -86,11 +89,14 @@ def list_damaged(run: Path) -> list[Path]:
 
 
 def problems(folder: Path) -> list[str]:
-    """What is missing of a checkpoint, as far as the sizes of its files can tell."""
+    """What is missing of a checkpoint, as far as the sizes of its files can tell.
+
+    Raises OSError where that cannot be found out: a file system that does not answer has lost nothing.
+    """
     try:
         files = read_manifest(folder)["files"]
         sizes = {name: file["bytes"] for name, file in files.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (*NOT_THERE, ValueError, KeyError, TypeError) as error:
         return [f"{MANIFEST}: {type(error).__name__}: {error}"]
     found = []
     for name, size in sizes.items():
@@ -103,17 +109,9 @@ def problems(folder: Path) -> list[str]:
 
 
 def altered(folder: Path, part: int, parts: int) -> list[str]:
-    """Which of the `part`-th of `parts` shares of a checkpoint's files are not those that were saved."""
-    files = sorted(read_manifest(folder)["files"].items())
-    found = []
-    for name, file in files[part::parts]:
-        try:
-            same = digest(folder / name) == file["sha256"]
-        except OSError as error:
-            found.append(f"{name} cannot be read: {error}")
-        else:
-            found += [] if same else [f"{name} is not what was saved"]
-    return found
+    """Which of the `part`-th of `parts` shares of a checkpoint's files are not what was saved. Raises OSError."""
+    files = sorted(read_manifest(folder)["files"].items())[part::parts]
+    return [f"{name} is not what was saved" for name, file in files if digest(folder / name) != file["sha256"]]
 
 
 def as_files(written: Iterable[Written]) -> dict[str, dict[str, object]]:

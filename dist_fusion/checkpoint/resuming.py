@@ -1,5 +1,7 @@
 """Resuming: the newest checkpoint that is whole to the last byte, chosen by rank 0 for all."""
 
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ def resume(engine: Any, run: Path, seed: int) -> Position:
     A checkpoint of another number of ranks is dealt anew; ranks that it does not know draw new random numbers.
 
     Raises:
-        UserError: if there were checkpoints, and none of them is whole.
+        UserError: if there were checkpoints, and none of them is whole, or one cannot be read now.
     """
     found = _newest_whole(run)
     if found is None:
@@ -52,10 +54,7 @@ def _newest_whole(run: Path) -> Path | None:
     refused: list[str] = distributed.from_first([folder.name for folder in list_damaged(run)])
     committed: list[Path] = distributed.from_first(list_committed(run) if distributed.rank() == 0 else None)
     for folder in reversed(committed):
-        wrong: list[str] = distributed.from_first(problems(folder) if distributed.rank() == 0 else None)
-        if not wrong:
-            mine = altered(folder, distributed.rank(), distributed.world_size())
-            wrong = [line for theirs in distributed.gathered(mine) for line in theirs]
+        wrong = _looked(problems if distributed.rank() == 0 else _nothing, folder) or _looked(_my_share, folder)
         if not wrong:
             return folder
         refused.append(f"{folder.name} ({'; '.join(wrong[:3])})")
@@ -70,3 +69,33 @@ def _newest_whole(run: Path) -> Path | None:
             f"{DAMAGED} to {MANIFEST} there; or move the folder {run / 'checkpoints'} away to start anew"
         )
     return None
+
+
+def _looked(look: Callable[[Path], list[str]], folder: Path) -> list[str]:
+    """What all ranks find wrong with a checkpoint. Collective.
+
+    Raises:
+        UserError: if a rank cannot read it: that is no damage, and another day it may be read.
+    """
+    wrong: list[str] = []
+    unread = ""
+    try:
+        wrong = look(folder)
+    except OSError as error:
+        unread = f"rank {distributed.rank()} on {socket.gethostname()}: {error}"
+    told = distributed.gathered((wrong, unread))
+    unreads = [unread for _, unread in told if unread]
+    if unreads:
+        raise UserError(
+            f"the checkpoint {folder} cannot be read now: {'; '.join(unreads)}. Nothing is lost; start the same "
+            "command again when the file system is well"
+        )
+    return [line for wrong, _ in told for line in wrong]
+
+
+def _nothing(folder: Path) -> list[str]:
+    return []
+
+
+def _my_share(folder: Path) -> list[str]:
+    return altered(folder, distributed.rank(), distributed.world_size())

@@ -196,13 +196,19 @@ class Saver:
             write_text(self._folder.parent / "latest", self._folder.name)
         except OSError as error:
             return f"{type(error).__name__}: {error}"
+        try:
+            self._let_go()
+        except OSError as error:
+            log.warning("old checkpoints are left where they are: %s", error)
+        return ""
+
+    def _let_go(self) -> None:
         best = self._position.best_step if self._config.keep_best else None
         gone = superseded(
             list_whole(self._run), self._config.keep_checkpoints, best, self._config.keep_epochs, self._steps_per_epoch
         )
         damaged = [folder for folder in list_damaged(self._run) if folder < self._folder]  # nobody needs them any more
         self._delete([*damaged, *(saved.folder for saved in gone)])
-        return ""
 
     def _delete(self, folders: Sequence[Path]) -> None:
         """Delete in a thread, on rank 0: on a shared file system it may take longer than a step."""

@@ -2,14 +2,17 @@
 
 import os
 import socket
+from datetime import timedelta
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.constants import default_pg_timeout
+from torch.distributed import distributed_c10d
 
 GROUPS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """By kind of device, what carries tensors between ranks."""
+PATIENCE = timedelta(minutes=10)
+"""How long ranks wait for one another, unless a run has its own limit."""
 
 
 def on_gpu() -> bool:
@@ -18,8 +21,10 @@ def on_gpu() -> bool:
     return name.startswith("cuda")
 
 
-def start_ranks() -> torch.device:
+def start_ranks(patience: timedelta = PATIENCE) -> torch.device:
     """Join the process group that the launcher's five rank variables describe; returns this rank's device.
+
+    A rank that waits for the others for longer than `patience` gives up.
 
     Without them this process is the only rank. The group has two ways: CPU tensors travel between the hosts by gloo,
     and those of GPUs by NCCL. Gloo finds the other nodes by their hosts' names; where a name leads nowhere,
@@ -44,9 +49,15 @@ def start_ranks() -> torch.device:
         torch.cuda.set_device(device)
     # DeepSpeed adopts a group that is there; its own would be NCCL's alone. No `device_id`: with one, barriers go by
     # NCCL and wait for all that the GPU still has to do.
-    torch.distributed.init_process_group(GROUPS[device.type], timeout=default_pg_timeout)
+    torch.distributed.init_process_group(GROUPS[device.type], timeout=patience)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return device
+
+
+def wait_at_most(patience: timedelta) -> None:
+    """Have all groups wait that long: DeepSpeed makes its own, which would give up after torch's usual time."""
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(patience, group)
 
 
 def free_port() -> int:

@@ -41,9 +41,16 @@ def take_shards(engine: deepspeed.DeepSpeedEngine, folder: Path) -> list[Shard]:
     Nothing is copied: it must be written, or copied, before the optimizer's next step.
     """
     usual, engine.checkpoint_engine = engine.checkpoint_engine, _Taking()
+    # It would copy two scripts there, on rank 0 alone, and fail where the disk is full. `dist-fusion export` does what
+    # they do.
+    engine._copy_recovery_script = _nothing
     try:
         engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         taken: list[Shard] = engine.checkpoint_engine.taken
     finally:
         engine.checkpoint_engine = usual
+        del engine._copy_recovery_script
     return taken
+
+
+def _nothing(folder: str) -> None: ...

@@ -4,7 +4,7 @@ A step whose gradients are not finite on one rank is dropped by DeepSpeed on all
 every precision. It then forgets the gradients; here their names are noted before.
 """
 
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import deepspeed
@@ -63,6 +63,14 @@ class Steps:
         self._dropping = False
 
     def _not_finite(self) -> Any:
+        if getattr(
+            self._zero, "cpu_offload", False
+        ):  # of stage 1 and 2: gradients are on their way to the host by then; of each there is a norm
+            norms = self._zero.norm_for_param_grads
+            for parameter in chain.from_iterable(self._zero.params_in_partition):
+                if not torch.as_tensor(norms.get(self._zero.get_param_id(parameter), 0.0)).isfinite():
+                    yield self._names[id(parameter)]
+            return
         groups = self._zero.fp16_groups if hasattr(self._zero, "fp16_groups") else self._zero.params_in_partition
         for number, gradients in self._zero.averaged_gradients.items():
             for parameter, gradient in zip(groups[number], gradients or (), strict=False):

@@ -1,6 +1,7 @@
 """A model on disk: `model.safetensors` and the `model.json` that says what it is. Neither can run code."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,7 @@ def build_model(card: ModelCard) -> nn.Module:
 
 
 def save_model(folder: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> None:
-    """Write `model.json` and then `model.safetensors`, each whole or not at all."""
+    """Write `model.json` and then `model.safetensors`, each whole or not at all; they are on disk when this returns."""
     tree = {"config": asdict(card.config), "heads": card.heads, "vocabulary": card.vocabulary}
     for name, write in (
         ("model.json", lambda path: path.write_text(json.dumps(tree) + "\n")),
@@ -39,7 +40,18 @@ def save_model(folder: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> 
     ):
         partial = folder / f"{name}.partial"
         write(partial)
+        _sync(partial)  # before the name says that it is whole: a run that has its model is never trained again
         partial.replace(folder / name)
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def load_model(folder: str | Path, wanted_by: str) -> tuple[ModelCard, dict[str, Tensor]]:

@@ -132,6 +132,16 @@ def test_a_run_that_died_ends_as_if_it_had_not(forge, recipe, undisturbed, told,
         assert resumed_from(trial.run) == steps
 
 
+def test_a_run_that_is_told_to_stop_while_it_scores_leaves_without_another_step(
+    forge, recipe, undisturbed, told, tmp_path
+):
+    trial = Trial(forge, recipe, tmp_path, ())
+    ended = trial.live(Point("dist_fusion.evaluate:_counted", 1, rank=1, signals=(signal.SIGUSR2,)))
+    assert ended.codes == [CONTINUE] * RANKS, ended.log[-3000:]
+    assert (last_step(trial.run), found(trial.run)) == (8, "5 8 whole")
+    finished(trial, "SIGUSR2 to one rank, scoring", found(trial.run), 8, undisturbed, told)
+
+
 def shorten(folder: Path) -> str:
     shard = next(folder.glob("*optim_states.pt"))
     os.truncate(shard, shard.stat().st_size // 2)
@@ -225,6 +235,19 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(forge, recipe, 
         before, steps = found(trial.run), last_step(trial.run)
         subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path)], check=True)
         finished(trial, f"disk full, saving {'at once' if mode else 'beside'}", before, steps, undisturbed, told)
+
+
+@pytest.mark.faults
+def test_a_disk_that_is_full_to_the_last_byte_is_told_by_whoever_writes_the_next_line(forge, recipe, told, tmp_path):
+    trial = Trial(forge, recipe, tmp_path, ("steps=4000", "evaluate_every=0", "save_every=4000"))
+    with mounted(tmp_path, "size=64m"):
+        forge.start(RANKS, trial.arguments(), tmp_path / "log.txt")
+        wait_for(lambda: last_step(trial.run) > 7)
+        subprocess.run(["dd", "if=/dev/zero", f"of={tmp_path / 'filler'}", "bs=4k"], stderr=subprocess.DEVNULL)
+        ended = forge.ended()
+        assert ended.codes[0] == MISTAKE
+        (tmp_path / "filler").unlink()
+        told("disk full, to the last byte", found=found(trial.run), resumed_from="", repeated="", digest="")
 
 
 @pytest.mark.faults
