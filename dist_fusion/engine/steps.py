@@ -63,9 +63,8 @@ class Steps:
         self._dropping = False
 
     def _not_finite(self) -> Any:
-        if getattr(
-            self._zero, "cpu_offload", False
-        ):  # of stage 1 and 2: gradients are on their way to the host by then; of each there is a norm
+        # Offloaded by stage 1 and 2, gradients are on their way to the host by then; of each there is a norm.
+        if getattr(self._zero, "cpu_offload", False):
             norms = self._zero.norm_for_param_grads
             for parameter in chain.from_iterable(self._zero.params_in_partition):
                 if not torch.as_tensor(norms.get(self._zero.get_param_id(parameter), 0.0)).isfinite():
