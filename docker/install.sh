@@ -5,6 +5,7 @@ set -euo pipefail
 code=$1
 lock=$code/requirements.lock
 
+export PYTHONNOUSERSITE=1 # Apptainer may build with the home of who builds: nothing in it counts as installed
 export DEBIAN_FRONTEND=noninteractive
 apt-get update
 apt-get install -y --no-install-recommends ffmpeg g++ python3-dev python3-venv

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import venv
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -25,6 +26,16 @@ def copied() -> dict[str, str]:
         for source in sources:
             pairs[source] = target + (Path(source).name if target.endswith("/") else "")
     return pairs
+
+
+def variables(definition: str) -> dict[str, str]:
+    """What is set in a container of the Dockerfile, or of the Apptainer definition."""
+    if definition is DOCKERFILE:
+        lines = re.findall(r"^ENV ((?:.*\\\n)*.*)", DOCKERFILE, re.MULTILINE)
+        words = " ".join(lines).replace("\\\n", " ").split()
+    else:
+        words = re.findall(r"export (\S+)", DEFINITION.partition("%environment\n")[2])
+    return dict(word.split("=", 1) for word in words)
 
 
 def test_all_that_the_image_copies_exists_and_is_not_kept_from_it():
@@ -77,6 +88,26 @@ def test_apptainer_takes_the_same_base_files_steps_and_variables():
     assert step in DEFINITION
     (archs,) = re.findall(r'ARG TORCH_CUDA_ARCH_LIST=(".*")', DOCKERFILE)
     assert DEFINITION.count(f"export TORCH_CUDA_ARCH_LIST={archs}") == 2
+
+
+@pytest.mark.parametrize("definition", [DOCKERFILE, DEFINITION], ids=["Docker", "Apptainer"])
+def test_what_a_user_installed_at_home_does_not_come_before_the_packages_of_the_image(definition, tmp_path):
+    venv.create(tmp_path / "image", system_site_packages=True)
+    home = {"HOME": str(tmp_path / "home")}
+    ask = [str(tmp_path / "image/bin/python"), "-c", "import site; print(site.getusersitepackages()); import torch"]
+    place = subprocess.run(ask, env=home, capture_output=True, text=True).stdout.strip()
+    Path(place).mkdir(parents=True)
+    (Path(place) / "torch.py").write_text("print('from home')\n")
+    plain, inside = (
+        subprocess.run(ask, env={**home, **more}, capture_output=True, text=True).stdout
+        for more in ({}, {name: value for name, value in variables(definition).items() if name.startswith("PYTHON")})
+    )
+    assert "from home" in plain and "from home" not in inside
+
+
+def test_nothing_at_home_counts_as_installed_while_the_image_is_built():
+    before, _, _ = INSTALL.partition("python3 ")
+    assert "export PYTHONNOUSERSITE=1" in before
 
 
 def test_the_scripts_are_sound():
