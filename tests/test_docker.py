@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dist_fusion.config import load
+
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
 DEFINITION = (ROOT / "docker/dist-fusion.def").read_text()
@@ -18,6 +20,10 @@ INSTALL = (ROOT / "docker/install.sh").read_text()
 LOCK = (ROOT / "requirements.lock").read_text().splitlines()
 BASES = ("torch", "torchvision", "triton")
 """Packages of the lock that the base image brings, besides NVIDIA's."""
+
+
+OF_NOBODY = {"HOME", "USER", "TORCHINDUCTOR_CACHE_DIR"}
+"""Variables for users that Docker knows by a number alone."""
 
 
 def copied() -> dict[str, str]:
@@ -89,7 +95,28 @@ def test_apptainer_takes_the_same_base_files_steps_and_variables():
     assert step in DEFINITION
     inside, of_apptainer = variables(DOCKERFILE), variables(DEFINITION)
     assert inside.pop("PATH").split(":")[0] == of_apptainer.pop("PATH").split(":")[0]
-    assert inside == of_apptainer
+    assert {name: inside.pop(name) for name in of_apptainer} == of_apptainer
+    assert {*inside} == OF_NOBODY, "Apptainer brings the user's own name and home"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody whom the system does not know")
+def test_a_user_whom_the_image_does_not_know_has_a_name_and_a_place_for_caches():
+    ask = """
+import getpass, os, pwd
+os.setuid(54321)
+print(getpass.getuser(), os.access(os.path.expanduser("~"), os.W_OK))
+"""
+    unknown, inside = (
+        subprocess.run([sys.executable, "-c", ask], env={"HOME": "/", **more}, capture_output=True, text=True)
+        for more in ({}, variables(DOCKERFILE))
+    )
+    assert "KeyError" in unknown.stderr and inside.stdout == "trainer True\n", inside.stderr
+
+
+def test_the_page_examines_a_recipe_on_ranks_that_its_batch_divides_by():
+    page = (ROOT / "docker/README.md").read_text()
+    (words,) = re.findall(r"--recipe (\w+) --ranks (\d+)", page)
+    assert load(words[0]).micro_batch(int(words[1])) > 0
 
 
 @pytest.mark.parametrize("definition", [DOCKERFILE, DEFINITION], ids=["Docker", "Apptainer"])
