@@ -26,7 +26,7 @@ DS_BUILD_OPS=0 "$python" -m pip install --no-cache-dir --no-deps --requirement "
 rm "$others"
 
 "$python" -m pip install --no-cache-dir --no-deps --editable "$code"
-(cd / && DS_ACCELERATOR=cuda "$python" -c '
+(cd / && PATH=/opt/dist-fusion/bin:$PATH DS_ACCELERATOR=cuda "$python" -c '
 from dist_fusion.engine.ops import HOST_ADAM, is_built, why_not_compiled
 assert not is_built(HOST_ADAM), "DeepSpeed has an AdamW that is compiled for this host alone"
 assert not why_not_compiled(HOST_ADAM), why_not_compiled(HOST_ADAM)')

@@ -70,7 +70,8 @@ def test_the_lock_without_the_base_has_all_but_torch_and_nvidia(tmp_path):
 def test_no_operation_of_deepspeed_is_compiled_for_the_processor_of_the_host_that_builds():
     assert "DS_BUILD_OPS=0" in INSTALL and not re.search(r"DS_BUILD_\w+=1", INSTALL)
     (check,) = re.findall(r"-c '\n(from dist_fusion.*?)'", INSTALL, re.DOTALL)
-    for_gpus = {**os.environ, "DS_ACCELERATOR": "cuda"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # as in the image: ninja is there
+    for_gpus = {**os.environ, "DS_ACCELERATOR": "cuda", "PATH": path}
     subprocess.run([sys.executable, "-c", check], env=for_gpus, cwd=ROOT, check=True, capture_output=True)
 
 
