@@ -2,6 +2,7 @@
 
 import io
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -10,12 +11,20 @@ from pathlib import Path
 from submitit.core.utils import FailedJobError, UncompletedJobError
 
 from dist_fusion import doctor
-from launcher import caches
+from dist_fusion.doctor import report
+from dist_fusion.doctor.lines import FAIL, Line
+from launcher import caches, slurm
 from launcher.life import FAILED
 from launcher.meeting import meet
 from launcher.place import of_task
 from launcher.profile import Profile
 
+POLL = 5.0
+"""Seconds between two looks into SLURM's queue."""
+SILENCE = 600.0
+"""Seconds that SLURM may leave without an answer while a job waits or runs."""
+LATE = 15.0
+"""Seconds by which a shared disk may show an answer after the job is over."""
 TAIL = 4000
 """Characters of its log that are shown of a job that has ended without a report."""
 
@@ -52,12 +61,48 @@ def on_nodes(words: Sequence[str], profile: Profile, folder: Path, say: Callable
     """
     job = profile.executor(folder).submit(Examination(tuple(words)))
     say(f"job {job.job_id}, log {job.paths.stdout}; it may wait\n")
+    first = job.task(0)  # it says what all ranks have found
+    if profile.cluster == "slurm" and not answered(first.job_id, first.paths.result_pickle):
+        return _silent(first.paths.stdout, say)
     try:
-        code, said = job.results()[0]
+        code, said = first.result()
     except (FailedJobError, UncompletedJobError):
-        log = job.paths.stdout
-        ending = log.read_text(errors="replace")[-TAIL:] if log.exists() else "there is no log"
-        say(f"the job has ended without a report. The end of its log:\n{ending}\n")
-        return FAILED
+        return _silent(first.paths.stdout, say)
     say(said)
     return int(code)
+
+
+def answered(job: str, answer: Path) -> bool:
+    """Wait until the file `answer` is there, or SLURM no longer has the job; returns whether it is.
+
+    submitit asks sacct alone, which knows nothing where SLURM keeps no accounts: it would wait for ever for a job whose
+    Python has not started. Raises SlurmError if SLURM does not answer for long.
+    """
+    heard = time.monotonic()
+    while not _listed(answer):
+        try:
+            if job not in slurm.queue():
+                break
+            heard = time.monotonic()
+        except slurm.SlurmError:  # a busy controller lets a question go by now and then
+            if time.monotonic() - heard > SILENCE:
+                raise
+        time.sleep(POLL)
+    end = time.monotonic() + LATE
+    while not (there := _listed(answer)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return there
+
+
+def _listed(path: Path) -> bool:
+    """Whether a file of another node is there: a folder that is read is asked for anew, a path may be remembered."""
+    return path.parent.is_dir() and path in path.parent.iterdir()
+
+
+def _silent(log: Path, say: Callable[[str], None]) -> int:
+    ending = log.read_text(errors="replace")[-TAIL:].strip() if log.exists() else ""
+    said = f"the job has ended without a report; {'the end of' if ending else 'nothing is in'} its log, {log}"
+    remedy = "see that this folder, its Python and the log's folder (--logs) are on all nodes, and what SLURM says"
+    line = Line(FAIL, f"{said}:\n{ending}" if ending else said, remedy)
+    say(report.as_text([{"job": [line]}], [report.Seat(0, "")], colours=False))
+    return FAILED

@@ -1,7 +1,8 @@
 """GPUs: whether there are any, whether torch has code for them, and what they can compute in."""
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def driver(case: Case) -> list[Line]:
 
 
 def kernels(case: Case) -> list[Line]:
-    """For each kind of GPU, whether torch has machine code for it, tried with a product of matrices."""
+    """For each kind of GPU, whether torch has machine code for it; those of this rank multiply matrices."""
     built = _built()
     if not torch.cuda.is_available():
         volta = "with" if has_kernels(built, VOLTA) else "without"
@@ -55,11 +56,21 @@ def kernels(case: Case) -> list[Line]:
                 Line(FAIL, f"{said}, for which this torch has no code ({' '.join(built)})", remedy(capability))
             )
             continue
-        for number in numbers:
+        for number in set(numbers) & set(tried(torch.cuda.device_count())):
             square = torch.ones(64, 64, device=f"cuda:{number}", dtype=torch.float16)
             assert (square @ square).sum().item() == 64**3, f"GPU {number} multiplies wrongly"
         lines.append(Line(OK, said))
     return lines
+
+
+def tried(count: int, environment: Mapping[str, str] = os.environ) -> Sequence[int]:
+    """Of so many GPUs those that this process computes on: all when alone, among other ranks its own.
+
+    That takes memory of a GPU, and is refused where another process has it to itself (compute mode EXCLUSIVE_PROCESS).
+    """
+    if int(environment.get("WORLD_SIZE", "1")) == 1:
+        return range(count)
+    return [int(environment["LOCAL_RANK"]) % count]
 
 
 def _built() -> list[str]:

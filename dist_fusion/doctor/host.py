@@ -6,12 +6,12 @@ import resource
 import socket
 from pathlib import Path
 
+from dist_fusion.doctor import cgroups
 from dist_fusion.doctor.lines import FAIL, OK, WARN, Case, Line, gigabytes
 from dist_fusion.facts import saved_share
 
 SHARED = Path("/dev/shm")
-MEMORY = Path("/proc/meminfo")
-CONTAINER = Path("/sys/fs/cgroup")
+MEMORY = "proc/meminfo"
 FILES = (256, 1024)
 """Open files below which a rank fails, or may: each loader worker keeps shards open, each batch on its way a few."""
 LEAST_SHARED = 1e9
@@ -36,36 +36,28 @@ def cores(case: Case) -> list[Line]:
 
 def host_memory(case: Case) -> list[Line]:
     """Memory of the host, and what its ranks take of it while a checkpoint is written beside the steps."""
-    available = _available()
+    free = available()
     if case.facts is None or case.config is None:
-        return [Line(OK, "{} GB are free", "", (round(gigabytes(available)),))]
+        return [Line(OK, "{} GB are free", "", (round(gigabytes(free)),))]
     copied = saved_share(case.facts, case.ranks) if case.config.save_async else 0.0
     needed = case.here * (copied + case.facts.memory.on_host)
     if case.device.type != "cuda":
         needed += case.here * case.facts.memory.on_device
     said = f"{{}} GB are free; {case.here} ranks take {gigabytes(needed):.2g} and some for loader workers"
-    figures = (round(gigabytes(available)),)
-    if needed > available:
+    figures = (round(gigabytes(free)),)
+    if needed > free:
         remedy = "save_async=false, no offload, fewer ranks on a host, or ask SLURM for all of it (--mem=0)"
         return [Line(FAIL, said, remedy, figures)]
-    if needed > 0.7 * available:
+    if needed > 0.7 * free:
         return [Line(WARN, said, "save_async=false, or ask SLURM for all of it (--mem=0)", figures)]
     return [Line(OK, said, "", figures)]
 
 
-def _available() -> float:
-    """Bytes that may still be taken: of the host, or of the control group that this process is confined to."""
-    told = re.search(r"MemAvailable:\s*(\d+) kB", MEMORY.read_text())
-    assert told, f"{MEMORY} does not tell what is available"
-    free = 1024.0 * int(told[1])
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        said = [path.read_text().strip() for name in (limit, used) if (path := CONTAINER / name).is_file()]
-        if len(said) == 2 and all(value.isdecimal() for value in said):
-            free = min(free, float(said[0]) - float(said[1]))
-    return free
+def available(root: Path = Path("/")) -> float:
+    """Bytes that may still be taken: of the host, or of the control groups that this process is confined to."""
+    told = re.search(r"MemAvailable:\s*(\d+) kB", (root / MEMORY).read_text())
+    assert told, f"{root / MEMORY} does not tell what is available"
+    return min(1024.0 * int(told[1]), cgroups.left(root))
 
 
 def shared_memory(case: Case) -> list[Line]:

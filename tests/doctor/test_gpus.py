@@ -1,7 +1,7 @@
 import pytest
 
 from dist_fusion.config import load
-from dist_fusion.doctor.gpus import has_kernels, precision, remedy
+from dist_fusion.doctor.gpus import has_kernels, precision, remedy, tried
 from dist_fusion.doctor.lines import FAIL
 from tests.doctor.cases import case, grades
 
@@ -36,6 +36,13 @@ def test_later_wheels_have_none_for_v100_and_the_remedy_names_those_that_have():
 )
 def test_code_runs_on_its_own_major_number_and_ptx_on_later_ones(built, capability, runs):
     assert has_kernels([built], capability) == runs
+
+
+def test_a_rank_computes_on_its_own_gpu_and_a_process_alone_on_all():
+    assert [*tried(4, {})] == [*tried(4, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})] == [0, 1, 2, 3]
+    places = [{"RANK": str(8 + place), "WORLD_SIZE": "16", "LOCAL_RANK": str(place)} for place in range(8)]
+    assert [[*tried(8, place)] for place in places] == [[place] for place in range(8)]
+    assert [[*tried(1, place)] for place in places] == [[0]] * 8, "where each sees its own alone"
 
 
 def test_gpus_before_v100_are_told_to_be_too_old_and_newer_ones_to_need_a_newer_torch():
