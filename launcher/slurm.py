@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
+from launcher.place import without_slurm
+
 T = TypeVar("T")
 
 LASTING = ("RUNNING", "SUSPENDED")
@@ -53,6 +55,8 @@ def this_job(environment: Mapping[str, str] = os.environ) -> str:
 
     SLURM_JOB_ID is not it: that of an array's last task is the whole array's.
     """
+    if without_slurm(environment):
+        return ""
     if "SLURM_ARRAY_JOB_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     return environment.get("SLURM_JOB_ID", "")
@@ -80,6 +84,11 @@ def requeue(number: str) -> None:
 def cancel(number: str) -> None:
     """End a job that waits or runs."""
     _say("scancel", number)
+
+
+def cancel_waiting(array: str) -> None:
+    """End those of an array that wait."""
+    _say("scancel", "--state=PENDING", array)
 
 
 def patiently(
