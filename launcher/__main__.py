@@ -126,9 +126,7 @@ def _sweep(given: argparse.Namespace) -> int:
     configs = sweep.check_cells(cells, profile.ranks)
     for run, job in sweep.start(cells, configs, profile).items():
         _say(f"{run}: job {job.job}, log {job.log}\n")
-    if not given.detach:
-        sweep.follow(configs, lambda line: _say(f"{line}\n"))
-    rows = sweep.summary(configs)
+    rows = sweep.summary(configs) if given.detach else sweep.follow(configs, lambda line: _say(f"{line}\n"))
     _say(f"{sweep.as_text(rows)}\n")
     return FAILED if any(row.now.state == "failed" for row in rows) else DONE
 
@@ -151,7 +149,10 @@ def _logs(given: argparse.Namespace) -> int:
 
 def _cancel(given: argparse.Namespace) -> int:
     """End what waits; let what runs save, or not."""
-    logs.newest(given.run)
+    newest = logs.newest(given.run)
+    if newest.by_hand and (array := records.chain_of(given.run)):  # the next one would start as soon as this one ends
+        slurm.cancel_waiting(array)
+        _say(f"those of array {array} that wait are cancelled\n")
     queued = records.queue_of([given.run])
     for job in records.lives(given.run, queued):
         if given.now or not records.trains(given.run, job, queued):

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from io import TextIOBase
 from itertools import takewhile
@@ -21,7 +21,13 @@ from launcher.place import Place, of_task
 
 DONE, FAILED, MISTAKE, CONTINUE = 0, 1, 2, 75
 """Exit codes, as train.main returns them: what is here must not wait until that is loaded."""
-WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+WARNINGS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""A job that is preempted hears SIGTERM at once, and again when its grace is over."""
+NO_TEAR_DOWN = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+"""By default NCCL's watchdog in torch takes a rank down a minute after another one's node has died. SLURM notices that
+only after SlurmdTimeout (300 s), and until then a rank that goes ends the job for good, where SLURM would start it
+again. So no rank is taken down but by torch's monitor of that watchdog, eight minutes after, and by the run's own watch
+(health.hang_minutes). By torch's sources: it was not tried with NCCL on several nodes."""
 TRIES = 3
 """Lives in a row that are warned before they train: a job whose time is too short would start itself for ever."""
 RETURNING = 120.0
@@ -42,14 +48,17 @@ def work(recipe: str, overrides: Sequence[str], requeue: bool) -> int:
     run: Path | None = None
 
     def warned_early(number: int, frame: FrameType | None) -> None:
-        os._exit(start_again(run, requeue, trained=False))
+        _hear_nothing()  # SLURM says it again, and by SIGTERM when the job is put back into the queue
+        # SIGTERM is no sign of a time that is too short: SLURM preempts or cancels.
+        vain = "" if number == signal.SIGTERM else in_vain(run)
+        os._exit(give_up(run, place, vain) if run and vain else start_again(run, requeue, "nothing was trained yet"))
 
     # Until the training listens there is nothing to save, and so nobody to wait for.
     for number in WARNINGS:
         signal.signal(number, signal.SIG_IGN if place.rank else warned_early)
     try:
         run = folder(recipe, overrides)
-        code = live(recipe, overrides, place)
+        code = live(recipe, overrides, place, returned=_hear_nothing)
     except UserError:
         raise
     except Exception:
@@ -60,6 +69,12 @@ def work(recipe: str, overrides: Sequence[str], requeue: bool) -> int:
     return DONE if place.rank else start_again(run, requeue)
 
 
+def _hear_nothing() -> None:
+    """Warnings are over: what they ask for is being done."""
+    for number in WARNINGS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def folder(recipe: str, overrides: Sequence[str]) -> Path:
     """The run's. Raises UserError for a recipe that cannot be."""
     from dist_fusion.config import load
@@ -68,15 +83,18 @@ def folder(recipe: str, overrides: Sequence[str]) -> Path:
     return Path(config.runs) / config.name
 
 
-def live(recipe: str, overrides: Sequence[str], place: Place) -> int:
+def live(recipe: str, overrides: Sequence[str], place: Place, returned: Callable[[], None] = lambda: None) -> int:
     """Train as one of the ranks; returns `train.main`'s exit code.
 
     With code 75 every rank has returned by then, as far as rank 0 is concerned: all is on disk, and the job may be
-    ended and started again. A failure is written down, and raised.
+    ended and started again. A failure is written down, and raised. `returned` is called as soon as this rank's training
+    hears no signals any more.
     """
     from dist_fusion import train
 
     run = folder(recipe, overrides)
+    if slurm.this_job():
+        os.environ.setdefault(*NO_TEAR_DOWN)
     os.environ.update(caches.folders())
     with caches.hold_builds(Path(os.environ["TORCH_EXTENSIONS_DIR"])):
         meeting = meet(place)
@@ -90,7 +108,10 @@ def live(recipe: str, overrides: Sequence[str], place: Place) -> int:
         said = Heard(sys.stderr)
         try:
             with redirect_stderr(said):
-                code = train.main([recipe, *overrides])
+                try:
+                    code = train.main([recipe, *overrides])
+                finally:
+                    returned()
         except Exception as error:
             if place.ranks > 1 and failure.of_others(error):
                 failure.outlast(run, place, str(error))
@@ -125,20 +146,26 @@ class Heard(TextIOBase):
         return self._stream.fileno()
 
 
-def start_again(run: Path | None, requeue: bool, trained: bool = True) -> int:
+def start_again(run: Path | None, requeue: bool, so_far: str = "all is saved") -> int:
     """Put the job back into the queue, by which it ends here; returns 75, "start me again", if that cannot be."""
-    saved = "all is saved" if trained else "nothing was trained yet"
-    why = "told not to (--no-requeue)" if not requeue else once_more(run) or ("" if trained else in_vain(run))
+    why = once_more(run) if requeue else "told not to (--no-requeue)"
     if not why:
         try:
-            say(f"{saved}; back into the queue")
-            slurm.requeue(slurm.this_job())
+            say(f"{so_far}; back into the queue")
+            slurm.patiently(slurm.requeue, slurm.this_job())
             time.sleep(60)  # SLURM ends this task at any moment
         except slurm.SlurmError as error:
             why = str(error)
     if why:
-        say(f"{saved}; the job does not start itself again: {why}")
+        say(f"{so_far}; the job does not start itself again: {why}")
     return CONTINUE
+
+
+def give_up(run: Path, place: Place, why: str) -> int:
+    """Leave the reason why the job is not to start again; returns 1."""
+    say(f"nothing was trained yet; the job is given up: {why}")
+    failure.write(run, place, why)
+    return FAILED
 
 
 def in_vain(run: Path | None) -> str:
@@ -160,7 +187,7 @@ def once_more(run: Path | None) -> str:
         return f"{run / 'STOP'} stopped it"
     job = slurm.this_job()
     try:
-        return slurm.may_requeue(slurm.job(job)) if job else ""
+        return slurm.may_requeue(slurm.patiently(slurm.job, job)) if job else ""
     except slurm.SlurmError as error:
         return str(error)
 

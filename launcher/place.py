@@ -31,6 +31,12 @@ class Place(NamedTuple):
 
 def of_task(environment: Mapping[str, str] = os.environ) -> Place | None:
     """The place of a task that srun started, or that submitit started without SLURM; None of any other process."""
+    kind = without_slurm(environment)
+    if kind == "local":
+        rank, ranks = (int(environment[f"SUBMITIT_LOCAL_{name}"]) for name in ("GLOBALID", "NTASKS"))
+        return Place(rank, ranks, rank, ranks, "127.0.0.1", f"local.{environment['SUBMITIT_LOCAL_JOB_ID']}")
+    if kind == "debug":
+        return Place(0, 1, 0, 1, "127.0.0.1", f"debug.{os.getpid()}")
     if "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment:
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID")
         return Place(
@@ -41,12 +47,17 @@ def of_task(environment: Mapping[str, str] = os.environ) -> Place | None:
             first_host=first_host(environment["SLURM_STEP_NODELIST"]),
             life=".".join([*(environment[name] for name in names), environment.get("SLURM_RESTART_COUNT", "0")]),
         )
-    if "SUBMITIT_LOCAL_JOB_ID" in environment:
-        rank, ranks = (int(environment[f"SUBMITIT_LOCAL_{name}"]) for name in ("GLOBALID", "NTASKS"))
-        return Place(rank, ranks, rank, ranks, "127.0.0.1", f"local.{environment['SUBMITIT_LOCAL_JOB_ID']}")
-    if "SUBMITIT_DEBUG_JOB_ID" in environment:
-        return Place(0, 1, 0, 1, "127.0.0.1", f"debug.{os.getpid()}")
     return None
+
+
+def without_slurm(environment: Mapping[str, str] = os.environ) -> str:
+    """`local` or `debug`, where submitit started this process without SLURM; nothing elsewhere.
+
+    If that was done in a shell within a job, the job's variables are there, too, and say nothing of this process.
+    """
+    if environment.get("SUBMITIT_EXECUTOR") == "slurm":
+        return ""
+    return next((kind for kind in ("local", "debug") if f"SUBMITIT_{kind.upper()}_JOB_ID" in environment), "")
 
 
 def first_host(nodes: str) -> str:

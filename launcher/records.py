@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from dist_fusion.monitor.events import read_events
+from dist_fusion.monitor.events import Event, read_events
 from dist_fusion.status import TURNS
 from launcher import failure, slurm
 
@@ -23,11 +23,12 @@ class Job(NamedTuple):
     cluster: str  # slurm, local, debug
     log: str  # of rank 0
     time: str  # when it was submitted, or first seen
+    by_hand: bool = False  # sbatch was called by hand: all of its array are of this run
 
 
-def note(run: Path, job: str, cluster: str, log: str) -> None:
+def note(run: Path, job: str, cluster: str, log: str, by_hand: bool = False) -> None:
     """Write down a job of `run`."""
-    entry = Job(job, cluster, log, datetime.now(UTC).isoformat(timespec="seconds"))
+    entry = Job(job, cluster, log, datetime.now(UTC).isoformat(timespec="seconds"), by_hand)
     path = _file_of(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -40,10 +41,10 @@ def note_this_job(run: Path, environment: Mapping[str, str] = os.environ) -> Non
     if not number or number in [job.job for job in jobs_of(run)]:
         return
     try:
-        log = slurm.job(number)["StdOut"]
+        log = slurm.patiently(slurm.job, number)["StdOut"]
     except slurm.SlurmError:  # a container often has none of SLURM's commands; the training needs none
         log = ""
-    note(run, number, "slurm", log)
+    note(run, number, "slurm", log, by_hand=True)
 
 
 def jobs_of(run: Path) -> list[Job]:
@@ -72,10 +73,24 @@ def state(run: Path, job: Job, queued: Mapping[str, slurm.Queued]) -> slurm.Queu
         return queued[job.job]
     if job.cluster == "local" and _alive(job.job):
         return slurm.Queued("RUNNING", "", "this host")
-    reason = failure.read(run).splitlines()
     if (run / "model.safetensors").exists():
         return slurm.Queued("finished", "", "")
-    return slurm.Queued("failed", "", reason[-1]) if reason else slurm.Queued("ended", "", "saved, to be continued")
+    reason = failure.read(run).splitlines()
+    if reason:
+        return slurm.Queued("failed", "", reason[-1])
+    see = f"; see {job.log}" if job.log else ""
+    turn = last_turn(run)
+    if turn and turn.kind == "stopped":
+        return slurm.Queued("ended", "", "saved, to be continued")
+    if turn is None or turn.time < datetime.fromisoformat(job.time).timestamp():
+        return slurm.Queued("failed", "", f"ended before it trained{see}")
+    error = str(turn.details.get("error", "")).splitlines() if turn.kind == "failed" else []
+    return slurm.Queued("failed", "", error[-1] if error else f"ended without a word{see}")
+
+
+def last_turn(run: Path) -> Event | None:
+    """What a run's diary says last of whether it is alive."""
+    return next((event for event in reversed(read_events(run)) if event.kind in TURNS), None)
 
 
 def trains(run: Path, job: Job, queued: Mapping[str, slurm.Queued]) -> bool:
@@ -84,7 +99,7 @@ def trains(run: Path, job: Job, queued: Mapping[str, slurm.Queued]) -> bool:
     What it left in its folder in an earlier life, before it was put back into the queue, says nothing of this one.
     """
     now = state(run, job, queued)
-    turn = next((event for event in reversed(read_events(run)) if event.kind in TURNS), None)
+    turn = last_turn(run)
     if now.state == "PENDING" or turn is None or turn.kind != "started":
         return False
     return not now.elapsed or turn.time > time.time() - slurm.seconds(now.elapsed) - 1
@@ -93,6 +108,24 @@ def trains(run: Path, job: Job, queued: Mapping[str, slurm.Queued]) -> bool:
 def lives(run: Path, queued: Mapping[str, slurm.Queued]) -> list[Job]:
     """The jobs of a run that wait or run."""
     return [job for job in jobs_of(run) if job.job in queued or state(run, job, {}).state == "RUNNING"]
+
+
+def chain_of(run: Path) -> str:
+    """The array whose elements that wait go on from one another in this run; nothing if there is none.
+
+    By sbatch --array=1-30%1: those of a sweep belong to other runs, and so may those of an array without %1. SLURM is
+    asked. Raises SlurmError.
+    """
+    jobs = jobs_of(run)
+    array, _, element = jobs[-1].job.partition("_") if jobs and jobs[-1].by_hand else ("", "", "")
+    waiting = [job for job, now in slurm.queue().items() if job.startswith(f"{array}_") and now.state == "PENDING"]
+    return array if element and waiting and slurm.job(waiting[0]).get("ArrayTaskThrottle") == "1" else ""
+
+
+def unknown(run: Path) -> list[str]:
+    """This user's jobs at SLURM of which no run beside `run` has heard yet. Raises SlurmError."""
+    known = {job.job for other in {run, *runs_in(run.parent)} for job in jobs_of(other)}
+    return [job for job in slurm.queue() if job not in known]
 
 
 def _file_of(run: Path) -> Path:

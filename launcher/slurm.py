@@ -3,16 +3,29 @@
 import os
 import re
 import subprocess
-from collections.abc import Mapping
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
+
+from launcher.place import without_slurm
+
+T = TypeVar("T")
 
 LASTING = ("RUNNING", "SUSPENDED")
 """States of a job in which it may start itself again. One that was cancelled, or whose time is up, is COMPLETING while
 its tasks still save, and it is over; one that is preempted or has lost a node is started again by SLURM."""
 
 
+PATIENCE, PAUSE = 120.0, 5.0
+"""Seconds in which SLURM is asked again where it did not answer as it should, and between two times."""
+
+
 class SlurmError(RuntimeError):
     """SLURM refused, or does not answer; the message has its words."""
+
+
+class SlurmAbsentError(SlurmError):
+    """There is no such command here; a container often has none."""
 
 
 class Queued(NamedTuple):
@@ -42,6 +55,8 @@ def this_job(environment: Mapping[str, str] = os.environ) -> str:
 
     SLURM_JOB_ID is not it: that of an array's last task is the whole array's.
     """
+    if without_slurm(environment):
+        return ""
     if "SLURM_ARRAY_JOB_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     return environment.get("SLURM_JOB_ID", "")
@@ -71,10 +86,36 @@ def cancel(number: str) -> None:
     _say("scancel", number)
 
 
+def cancel_waiting(array: str) -> None:
+    """End those of an array that wait."""
+    _say("scancel", "--state=PENDING", array)
+
+
+def patiently(
+    ask: Callable[[str], T], job: str, patience: float = PATIENCE, sleep: Callable[[float], None] = time.sleep
+) -> T:
+    """What `ask` says of a job, asked again for so many seconds: a controller under load answers nobody for a while.
+
+    Raises SlurmError if it refuses to the end, at once where SLURM has no commands.
+    """
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return ask(job)
+        except SlurmAbsentError:
+            raise
+        except SlurmError:
+            if time.monotonic() + PAUSE > end:
+                raise
+        sleep(PAUSE)
+
+
 def _say(*command: str) -> str:
     """The answer of a command. Raises SlurmError."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError as error:
+        raise SlurmAbsentError(f"{' '.join(command)}: {error}") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmError(f"{' '.join(command)}: {error}") from None
     if done.returncode:

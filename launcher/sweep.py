@@ -77,17 +77,28 @@ def start(sweep: Sweep, configs: Mapping[str, Config], profile: Profile) -> dict
     return submit(waiting, profile, Path(waiting[0].runs) / sweep.name / "logs")
 
 
-def follow(configs: Mapping[str, Config], say: Callable[[str], None], seconds: float = 5.0) -> None:
-    """Say what changes, until no cell has a job any more."""
+def follow(configs: Mapping[str, Config], say: Callable[[str], None], seconds: float = 5.0) -> list[Row]:
+    """Say what changes, until no cell has a job any more; returns how each stands then.
+
+    Where SLURM does not answer it is asked again: the jobs go on meanwhile.
+    """
     before: dict[str, str] = {}
     while True:
-        now = {row.cell: row.now.state for row in summary(configs)}
+        try:
+            rows = summary(configs)
+        except slurm.SlurmAbsentError:
+            raise
+        except slurm.SlurmError as error:
+            say(f"SLURM is asked again in {seconds:g} s: {error}")
+            time.sleep(seconds)
+            continue
+        now = {row.cell: row.now.state for row in rows}
         for cell, state in now.items():
             if before.get(cell) != state:
                 say(f"{cell}: {state}")
         before = now
         if all(state in records.OVER for state in now.values()):
-            return
+            return rows
         time.sleep(seconds)
 
 

@@ -20,6 +20,9 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
+# Where sbatch takes no environment over (--export=NONE), srun would leave out what this shell sets, too.
+export SLURM_EXPORT_ENV=ALL
+
 run=${1:?write: sbatch slurm/evaluate.sh RUN SHARDS [SHARDS …]}
 shift
 (($#)) || { echo "no shards are named: sbatch slurm/evaluate.sh $run SHARDS [SHARDS …]" >&2; exit 2; }

@@ -32,6 +32,9 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
+# Where sbatch takes no environment over (--export=NONE), srun would leave out what this shell sets, too.
+export SLURM_EXPORT_ENV=ALL
+
 # Where the nodes' names lead to a network that they do not share, name the right one (see `ip -brief address`).
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 

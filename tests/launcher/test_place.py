@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.place import Place, first_host, of_task, tasks_of_node
+from launcher.slurm import this_job
 
 TASK = {
     "SLURM_PROCID": "9",
@@ -44,6 +45,16 @@ def test_a_batch_shell_and_any_other_process_have_no_place():
 def test_a_local_job_of_submitit_has_a_place_too():
     local = {"SUBMITIT_LOCAL_JOB_ID": "5", "SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_NTASKS": "2"}
     assert of_task(local) == Place(1, 2, 1, 2, "127.0.0.1", "local.5")
+
+
+def test_a_local_job_from_a_shell_within_a_job_of_slurm_is_no_task_of_that():
+    local = {"SUBMITIT_LOCAL_JOB_ID": "5", "SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_NTASKS": "2"}
+    within = {**TASK, **local, "SUBMITIT_EXECUTOR": "local"}
+    assert of_task(within) == Place(1, 2, 1, 2, "127.0.0.1", "local.5")
+    assert this_job(within) == ""
+    assert of_task({**within, "SUBMITIT_EXECUTOR": "slurm"}) == of_task(TASK), (
+        "a job of SLURM that a local one submitted"
+    )
 
 
 @given(st.integers(0, 20), st.integers(1, 30), st.sampled_from(["", "n", "rack1-", "a.b"]), st.booleans())

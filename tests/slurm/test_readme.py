@@ -27,11 +27,13 @@ def test_the_commands_of_the_readme_run_on_a_cluster(cluster, recipe, runs, tmp_
         if command.startswith(ELSEWHERE):
             continue
         here = command.replace("slurm/v100.yaml", str(profile)).replace("python -m", f"{sys.executable} -m")
-        here = here.replace("sbatch slurm/", f"sbatch --wait {' '.join(ON_TWO_NODES)} {ROOT}/slurm/")
+        here = here.replace("sbatch slurm/", f"sbatch {' '.join(ON_TWO_NODES)} {ROOT}/slurm/").replace(
+            "--ranks 8", "--ranks 2"
+        )
         here = re.sub(r"(?<= )pretrain (name=\w+)", rf"{recipe} \1 steps=6", here)
         path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
         ran.append(cluster.call("bash", "-c", f"PATH={path} && {here}", cwd=recipe.parent))
-    assert len(ran) == 9
+    assert len(ran) == 10
     assert len(losses(runs / "first")) == len(losses(runs / "second")) == 6
     assert sum("step 6/6" in said for said in ran) == 2, "logs -f shows a run"
     assert any("finished" in said for said in ran), "status tells how it is doing"

@@ -129,6 +129,42 @@ def test_where_no_job_may_be_requeued_those_of_a_chain_go_on_from_one_another(cl
     assert [job.log for job in noted] == [job["StdOut"] for job in ended]
 
 
+def test_a_chain_that_is_cancelled_saves_and_goes_on_no_more(cluster, recipe, runs, monkeypatch, capsys):
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    array = sbatch(cluster, recipe, "name=ended", options=("--no-requeue", "--array=1-3%1"))
+    reaches(runs / "ended", 10)
+    assert main(["cancel", str(runs / "ended")]) == 0
+    assert f"those of array {array} that wait are cancelled" in capsys.readouterr().out
+    first = cluster.wait(f"{array}_1")
+    assert (first["JobState"], first["ExitCode"]) == ("FAILED", "75:0")
+    wait_for(lambda: not cluster.call("squeue", "--noheader"), 30)
+    assert [job.job for job in records.jobs_of(runs / "ended")] == [f"{array}_1"]
+    assert records.state(runs / "ended", records.jobs_of(runs / "ended")[0], {}).where == "saved, to be continued"
+    assert 10 <= len(losses(runs / "ended")) < STEPS
+
+
+def test_a_job_that_is_preempted_with_grace_before_it_trains_goes_back_into_the_queue(cluster, recipe, runs):
+    job = sbatch(cluster, recipe, "name=graced")
+    wait_for(lambda: (runs / "graced" / "logs" / "jobs.jsonl").exists(), 60)
+    cluster.call("scancel", "--signal=TERM", job)
+    state, log = outcome(cluster, job, recipe)
+    assert state == ("COMPLETED", "1"), log
+    assert log.count("nothing was trained yet") == log.count("; back into the queue") == 1, log
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune", "evaluate"])
+def test_tasks_have_the_environment_of_their_script_where_sbatch_takes_none_over(cluster, tmp_path, script):
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\ncase "$*" in *check*) ;; *) echo "a task has $SLURM_EXPORT_ENV";; esac\n')
+    python.chmod(0o755)
+    options = ["--export=NONE", "--wait", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=1G"]
+    path = str(ROOT / "slurm" / f"{script}.sh")
+    job = cluster.call("sbatch", "--parsable", *options, path, "one", "two", cwd=tmp_path)
+    assert (tmp_path / f"{script}-{job}.log").read_text() == "a task has ALL\n"
+
+
 def test_a_recipe_that_cannot_work_is_refused_before_any_rank_starts(cluster, recipe, runs):
     state, log = outcome(cluster, sbatch(cluster, recipe, "name=wrong", "global_batch=9"), recipe)
     assert state == ("FAILED", "0")
