@@ -197,7 +197,7 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
     forge, recipe, undisturbed, told, tmp_path, name, damage
 ):
-    trial = Trial(forge, recipe, tmp_path, ())
+    trial = Trial(forge, recipe, tmp_path, (WAIT,))
     trial.live(Point(STEP, 13))
     words = damage(folder_at(trial.run, 10))
     finished(trial, name, found(trial.run), last_step(trial.run), undisturbed, told)
@@ -211,7 +211,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
 
 @pytest.mark.faults
 def test_a_run_without_any_whole_checkpoint_is_not_begun_anew_by_itself(forge, recipe, undisturbed, told, tmp_path):
-    trial = Trial(forge, recipe, tmp_path, ())
+    trial = Trial(forge, recipe, tmp_path, (WAIT,))
     trial.live(Point(STEP, 13))
     for step in (5, 10):
         flip(folder_at(trial.run, step))
