@@ -144,9 +144,9 @@ def test_a_chain_that_is_cancelled_saves_and_goes_on_no_more(cluster, recipe, ru
     assert 10 <= len(losses(runs / "ended")) < STEPS
 
 
-def test_a_job_that_is_preempted_with_grace_before_it_trains_goes_back_into_the_queue(cluster, recipe, runs):
-    job = sbatch(cluster, recipe, "name=graced")
-    wait_for(lambda: (runs / "graced" / "logs" / "jobs.jsonl").exists(), 60)
+def test_a_job_that_hears_sigterm_before_it_trains_goes_back_into_the_queue(cluster, recipe, runs):
+    job = sbatch(cluster, recipe, "name=termed")
+    wait_for(lambda: (runs / "termed" / "logs" / "jobs.jsonl").exists(), 60)
     cluster.call("scancel", "--signal=TERM", job)
     state, log = outcome(cluster, job, recipe)
     assert state == ("COMPLETED", "1"), log
