@@ -93,9 +93,11 @@ def _claim(
         try:
             # A lock of this process alone: loader workers, which outlive a killed rank by seconds, would keep a flock.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # POSIX leaves the choice
+            return f"the run {run} is being trained by another job at this moment; stop that one first"
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                return f"the run {run} is being trained by another job at this moment; stop that one first"
+                raise
             log.warning(
                 "the file system of %s has no locks (%s; Lustre has them with -o flock): nothing keeps two jobs from "
                 "training this run at once, so see to it yourself", run, error,
